@@ -1,6 +1,18 @@
 // The Python face of the CPU kernels.
 #include <nanobind/nanobind.h>
 
+#include "isa.h"
+#include "pool.h"
+
 namespace nb = nanobind;
 
-NB_MODULE(_cpu, m) { m.doc() = "CPU kernels of Chandra"; }
+NB_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of Chandra";
+  m.def("set_threads", [](int n) { chandra::Pool::shared().resize(n); }, nb::arg("n"),
+        nb::call_guard<nb::gil_scoped_release>(),
+        "Threads of the pool, the caller included; 0: one for each physical core this process may use.");
+  m.def("set_isa", &chandra::set_isa, nb::arg("name"),
+        "Use these instructions: auto, portable, avx2 or avx512. Raises ValueError if this CPU lacks them.");
+  m.def("isa", [] { return chandra::isa_name(chandra::current_isa()); }, "The instruction set in use.");
+  m.def("threads", [] { return chandra::Pool::shared().size(); }, "Threads of the pool, the caller included.");
+}
