@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +16,23 @@ import numpy as np
 
 from chandra.errors import UnsupportedError
 from chandra.lazy import torch
+
+CHUNK = 1 << 18  # values packed or unpacked at once: bounds the temporaries, and keeps them in the cache
+
+
+def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
+    """`(start, stop)` of consecutive pieces of at most `step` (at least 1) that cover `range(total)`."""
+    step = max(1, step)
+    return ((start, min(start + step, total)) for start in range(0, total, step))
+
+
+def require_finite(name: str, values: torch.Tensor) -> None:
+    """Raise `UnsupportedError` if a value that format `name` is to hold is infinite or not a number."""
+    if not bool(torch.isfinite(values).all()):
+        raise UnsupportedError(
+            f"the weight has values that are infinite, not a number, or too large for {name}",
+            "keep this tensor in BF16 or F32, or check whether the model file is damaged",
+        )
 
 
 @dataclass(frozen=True)
@@ -36,17 +53,38 @@ class Format(ABC):
 
     name: ClassVar[str]
 
+    @property
+    @abstractmethod
+    def bits_per_weight(self) -> float:
+        """Bits a value takes with its share of block scales (not counting what is stored once per row or tensor)."""
+
     @abstractmethod
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         """The arrays that hold a weight of this shape. Raises `UnsupportedError` if the shape cannot be packed."""
 
     @abstractmethod
     def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Pack a float32 weight. Returns one tensor for each of `parts(weight.shape)`, in its shape and dtype."""
+        """Pack a weight of any float dtype: one tensor for each of `parts(weight.shape)`, in its shape and dtype.
+
+        Raises `UnsupportedError` if the shape does not fit or a value is not finite (plain floats keep those).
+        """
 
     @abstractmethod
+    def unpack_rows(
+        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], start: int, stop: int
+    ) -> torch.Tensor:
+        """float32 `(stop - start, columns)`: some rows, without touching the others.
+
+        Rows are counted through the leading dimensions: row `r` of expert `e` is `e * rows + r`.
+        """
+
     def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
         """The float32 weight of this shape: the reference every kernel is tested against."""
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        out = torch.empty((rows, columns), dtype=torch.float32, device=next(iter(parts.values())).device)
+        for start, stop in spans(rows, CHUNK // max(1, columns)):
+            out[start:stop] = self.unpack_rows(parts, shape, start, stop)
+        return out.reshape(shape)
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes a weight of this shape takes, summed over its parts."""
@@ -63,6 +101,10 @@ class BlockFormat(Format):
     block_bytes: ClassVar[int]
     ggml_type: ClassVar[int]  # GGML_TYPE_* of the GGUF specification
 
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.block_bytes / self.block_size
+
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return (Part("data", (*shape[:-1], self.row_bytes(shape[-1])), "uint8"),)
 
@@ -75,12 +117,21 @@ class BlockFormat(Format):
         return columns // self.block_size * self.block_bytes
 
     def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        blocks = weight.detach().to(torch.float32).reshape(-1, self.block_size)
-        data = self.pack_blocks(blocks)
-        return {"data": data.reshape(*weight.shape[:-1], self.row_bytes(weight.shape[-1]))}
+        (part,) = self.parts(tuple(weight.shape))
+        blocks = weight.detach().reshape(-1, self.block_size)
+        data = torch.empty((len(blocks), self.block_bytes), dtype=torch.uint8, device=weight.device)
+        for start, stop in spans(len(blocks), CHUNK // self.block_size):
+            chunk = blocks[start:stop].to(torch.float32)
+            if self.block_size > 1:  # plain floats hold infinities
+                require_finite(self.name, chunk)
+            data[start:stop] = self.pack_blocks(chunk)
+        return {"data": data.reshape(part.shape)}
 
-    def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
-        return self.unpack_blocks(parts["data"].reshape(-1, self.block_bytes)).reshape(shape)
+    def unpack_rows(
+        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], start: int, stop: int
+    ) -> torch.Tensor:
+        rows = parts["data"].reshape(math.prod(shape[:-1]), self.row_bytes(shape[-1]))[start:stop]
+        return self.unpack_blocks(rows.reshape(-1, self.block_bytes)).reshape(len(rows), shape[-1])
 
     @abstractmethod
     def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -102,10 +153,22 @@ class PackedWeight:
     shape: tuple[int, ...]
     parts: Mapping[str, np.ndarray[Any, Any]]
 
+    @classmethod
+    def pack(cls, format: Format, weight: torch.Tensor) -> PackedWeight:
+        """Pack a weight, wherever it is, into host memory (imports torch). Raises what `format.pack` raises."""
+        parts = {name: part.cpu().numpy() for name, part in format.pack(weight).items()}
+        return cls(format, tuple(weight.shape), parts)
+
     @property
     def nbytes(self) -> int:
         return sum(int(part.nbytes) for part in self.parts.values())
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The parts as CPU tensors over the same memory (imports torch); read-only arrays are copied."""
+        return {
+            name: torch.from_numpy(part if part.flags.writeable else part.copy()) for name, part in self.parts.items()
+        }
+
     def unpack(self) -> torch.Tensor:
         """The whole weight as float32 on the CPU (imports torch)."""
-        return self.format.unpack({name: torch.from_numpy(part) for name, part in self.parts.items()}, self.shape)
+        return self.format.unpack(self.tensors(), self.shape)

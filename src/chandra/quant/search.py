@@ -1,0 +1,107 @@
+"""The search for block scales: weighted least squares over several roundings, for many blocks at once.
+
+For a given rounding of the values to levels, the best scale (and minimum) has a closed form. So a few inverse scales
+around the plain one are tried, each gives levels, these give the best scale, and the one with the least error stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from chandra.lazy import torch
+from chandra.quant.bits import reciprocal, signed_max, to_half
+
+
+def importance(values: torch.Tensor) -> torch.Tensor:
+    """Weights of the squared errors, `rms + |x|` relative to the largest value of each row: large values count more."""
+    weights = values.abs()
+    weights = weights + values.square().mean(1, keepdim=True).sqrt()
+    return weights * reciprocal(weights.amax(1, keepdim=True))
+
+
+def fit_affine(values: torch.Tensor, top: int, steps: Iterable[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset, both `(n, 1)` and not negative, of `values = scale * q - offset` with `0 <= q <= top`."""
+    weights = importance(values)
+    low, high = values.aminmax(dim=1, keepdim=True)
+    low = low.clamp(max=0)
+    shifted, weighted = values - low, weights * values
+    span = reciprocal(high - low)
+    w, x = weights.sum(1, keepdim=True), weighted.sum(1, keepdim=True)
+    scale, offset = (high - low) / top, -low
+    best = torch.full_like(scale, -torch.inf)
+    for step in steps:
+        q = (shifted * ((top + step) * span)).round_().clamp_(0, top)
+        wq = weights * q
+        l1, l2 = wq.sum(1, keepdim=True), (wq * q).sum(1, keepdim=True)
+        xl = (weighted * q).sum(1, keepdim=True)
+        determinant = w * l2 - l1 * l1
+        slope, minimum = (w * xl - x * l1) / determinant, (l2 * x - l1 * xl) / determinant
+        slope, minimum = torch.where(minimum > 0, xl / l2, slope), minimum.clamp(max=0)
+        gain = slope * xl + minimum * x  # what the squared error falls by
+        better = (determinant > 0) & (slope > 0) & (gain > best)
+        scale, offset = torch.where(better, slope, scale), torch.where(better, -minimum, offset)
+        best = torch.where(better, gain, best)
+    return scale, offset
+
+
+def fit_scale(
+    values: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor], extreme: float, steps: Iterable[float]
+) -> torch.Tensor:
+    """Scale `(n, 1)` of `values = scale * level`; `rounding` gives the nearest level of each value.
+
+    `extreme`, the level of the largest magnitude, goes to the value of the largest magnitude: scales may be negative.
+    """
+    weighted = importance(values) * values
+    weights = importance(values)
+    largest = signed_max(values)
+    inverse = reciprocal(largest)
+    scale = largest / extreme
+    best = torch.zeros_like(scale)
+    for step in steps:
+        level = rounding(values * ((extreme + step) * inverse))
+        xl, l2 = (weighted * level).sum(1, keepdim=True), (weights * level * level).sum(1, keepdim=True)
+        gain = xl * xl / l2
+        better = (l2 > 0) & (gain > best)
+        scale, best = torch.where(better, xl / l2, scale), torch.where(better, gain, best)
+    return scale
+
+
+def whole_scales(name: str, scales: torch.Tensor, extreme: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float scales of groups `(n, k)` as a float16 scale `(n, 1)` (in float32) times whole numbers `(n, k)`.
+
+    Whole numbers run from 0 to `extreme`, or from `extreme` to `-extreme - 1` where that is negative.
+    """
+    d = to_half(name, signed_max(scales) / extreme).to(torch.float32)
+    low, high = (extreme, -extreme - 1) if extreme < 0 else (0, extreme)
+    return d, (scales * reciprocal(d)).round().clamp(low, high)
+
+
+def affine_super_block(
+    name: str, blocks: torch.Tensor, group: int, top: int, scale_top: int, steps: Iterable[float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`x = d * sc * q - dmin * m` (Q2_K, Q4_K, Q5_K): d and dmin `(n, 1)`, sc and m `(n, groups)`, q `(n, 256)`."""
+    n = len(blocks)
+    groups = blocks.reshape(-1, group)
+    scale, offset = fit_affine(groups, top, steps)
+    d, sc = whole_scales(name, scale.reshape(n, -1), scale_top)
+    dmin, m = whole_scales(name, offset.reshape(n, -1), scale_top)
+    inverse, shift = reciprocal(d * sc).reshape(-1, 1), (dmin * m).reshape(-1, 1)
+    q = ((groups + shift) * inverse).round_().clamp_(0, top)
+    return d, dmin, sc, m, q.reshape(n, -1)
+
+
+def symmetric_super_block(
+    name: str,
+    blocks: torch.Tensor,
+    group: int,
+    rounding: Callable[[torch.Tensor], torch.Tensor],
+    extreme: float,
+    scale_extreme: int,
+    steps: Iterable[float],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`x = d * sc * level` (Q3_K, Q6_K, IQ4_XS): d `(n, 1)`, sc `(n, groups)` and `x / (d * sc)` `(n, 256)`."""
+    n = len(blocks)
+    groups = blocks.reshape(-1, group)
+    scale = fit_scale(groups, rounding, extreme, steps)
+    d, sc = whole_scales(name, scale.reshape(n, -1), scale_extreme)
+    return d, sc, (groups * reciprocal(d * sc).reshape(-1, 1)).reshape(n, -1)
