@@ -1,0 +1,69 @@
+"""Gates on the repository itself: size, what the documents name, what may not be committed."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "chandra"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+MAX_PACKAGE, MAX_FILE, MAX_FUNCTION = 9000, 400, 60  # lines
+
+
+def test_package_stays_small() -> None:
+    assert sum(len(path.read_text().splitlines()) for path in SOURCES) <= MAX_PACKAGE
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= MAX_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < MAX_FUNCTION, f"{path}:{node.name}"
+
+
+def _definitions(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                names |= {f"{node.name}.{m.name}" for m in node.body if isinstance(m, ast.FunctionDef)}
+    return names
+
+
+def test_every_function_that_the_architecture_names_exists() -> None:
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", (ROOT / "docs" / "architecture.md").read_text())
+    assert len(named) > 10
+    missing = [f"{file}:{name}" for file, name in named if name not in _definitions(PACKAGE / file)]
+    assert not missing
+
+
+@pytest.mark.parametrize("module", ["chandra", "chandra.cli", "chandra.llm", "chandra.backends.cpu", "chandra.quant"])
+def test_torch_is_not_imported_before_it_is_needed(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def _tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / line for line in listed.stdout.splitlines()]
+
+
+def test_no_weights_and_no_build_products_are_tracked() -> None:
+    tracked = _tracked()
+    assert not [
+        p for p in tracked if p.suffix in {".gguf", ".safetensors", ".pth", ".bin", ".whl", ".so", ".o", ".pyc"}
+    ]
+    assert not [p for p in tracked if p.is_file() and p.stat().st_size > 1_000_000]
