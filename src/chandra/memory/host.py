@@ -32,11 +32,14 @@ def resident_bytes() -> tuple[int, int]:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on: its affinity mask and the cgroup's CPU quota."""
+    """Cores this process may run on: its affinity mask and the cgroups' CPU quota."""
     cores = len(os.sched_getaffinity(0))
-    for folder in _cgroup_folders():
-        quota = _read(folder / "cpu.max").split()
-        if len(quota) == 2 and quota[0].isdigit():
+    for folder in _cgroup_folders("cpu"):
+        quota = _read(folder / "cpu.max").split() or [
+            _read(folder / "cpu.cfs_quota_us"),
+            _read(folder / "cpu.cfs_period_us"),
+        ]
+        if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit():
             cores = min(cores, max(1, round(int(quota[0]) / int(quota[1]))))
     return cores
 
@@ -50,24 +53,33 @@ def _meminfo(name: str) -> int:
 
 
 def _cgroup_limits() -> list[tuple[int, int]]:
-    """(limit, unreclaimable use) of every cgroup with a memory limit, from this process's up to the root."""
+    """(limit, use that cannot be reclaimed) of every cgroup with a memory limit, from this process's up to the root."""
     limits = []
-    for folder in _cgroup_folders():
-        limit, used = _read(folder / "memory.max"), _read(folder / "memory.current")
-        if limit.isdigit() and used.isdigit():
-            statistics = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
-            cache = int(statistics.get("inactive_file", 0)) + int(statistics.get("active_file", 0))
+    for folder in _cgroup_folders("memory"):
+        limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
+        used = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
+        if limit.isdigit() and used.isdigit() and int(limit) < 1 << 60:  # v1 writes "no limit" as a huge number
+            fields = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+            cache = sum(int(fields.get(f"total_{k}", fields.get(k, 0))) for k in ("inactive_file", "active_file"))
             limits.append((int(limit), max(0, int(used) - cache)))
     return limits
 
 
-def _cgroup_folders() -> list[Path]:
-    """cgroup v2 folders of this process, innermost first."""
-    root = Path("/sys/fs/cgroup")
-    own = next((line[3:] for line in _read(Path("/proc/self/cgroup")).splitlines() if line.startswith("0::")), None)
-    if own is None:
+def _cgroup_folders(controller: str) -> list[Path]:
+    """Folders of this process's cgroup for a controller, innermost first: version 2, else version 1."""
+    paths = {}
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        _, names, path = line.split(":", 2)
+        paths.update(dict.fromkeys(names.split(","), path.lstrip("/")))
+    if controller in paths:
+        root, path = Path("/sys/fs/cgroup") / controller, paths[controller]
+    elif "" in paths:
+        root, path = Path("/sys/fs/cgroup"), paths[""]
+    else:
         return []
-    inner = root / own.strip().lstrip("/")
+    inner = root / path
+    if not inner.exists():  # inside a container the path may be the host's; the mount shows only our part
+        inner = root
     return [folder for folder in (inner, *inner.parents) if folder == root or root in folder.parents]
 
 
