@@ -1,6 +1,7 @@
 // The Python face of the CPU kernels.
 #include <nanobind/nanobind.h>
 
+#include "array.h"
 #include "isa.h"
 #include "pool.h"
 
