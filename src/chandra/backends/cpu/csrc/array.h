@@ -19,9 +19,10 @@ namespace chandra {
 class Array {
  public:
   explicit Array(nanobind::handle object) : array_(reinterpret_cast<PyArrayObject*>(object.ptr())) {
-    static PyTypeObject* const type =
-        reinterpret_cast<PyTypeObject*>(nanobind::module_::import_("numpy").attr("ndarray").release().ptr());
-    if (!PyObject_TypeCheck(object.ptr(), type)) throw nanobind::type_error("expected a numpy array");
+    static const nanobind::handle type =
+        nanobind::object(nanobind::module_::import_("numpy").attr("ndarray")).release();
+    if (!PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr())))
+      throw nanobind::type_error("expected a numpy array");
     if (!(PyArray_FLAGS(array_) & NPY_ARRAY_ALIGNED) || (ndim() > 0 && dim(-1) > 1 && stride(-1) != itemsize()))
       throw std::invalid_argument("expected an aligned array whose last dimension is contiguous");
   }
@@ -29,7 +30,7 @@ class Array {
   int ndim() const { return PyArray_NDIM(array_); }
   int64_t dim(int i) const { return PyArray_DIM(array_, i < 0 ? i + ndim() : i); }
   int64_t stride(int i) const { return PyArray_STRIDE(array_, i < 0 ? i + ndim() : i); }  // bytes
-  int64_t itemsize() const { return reinterpret_cast<_PyArray_DescrNumPy2*>(PyArray_DESCR(array_))->elsize; }
+  int64_t itemsize() const { return PyArray_DESCR(array_)->elsize; }
   char kind() const { return PyArray_DESCR(array_)->kind; }  // 'f', 'i', 'u'
   bool contiguous() const { return PyArray_FLAGS(array_) & NPY_ARRAY_C_CONTIGUOUS; }
   void* data() const { return PyArray_DATA(array_); }
