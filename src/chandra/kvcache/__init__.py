@@ -1,0 +1,22 @@
+"""The paged KV cache: block memory, block tables, prefix cache."""
+
+from __future__ import annotations
+
+from chandra.kvcache.block_manager import BlockManager, BlockTable
+from chandra.kvcache.layout import KV_TYPES, KVShape, LayerGroup, group_layers, kv_bytes, kv_row, kv_row_bytes
+from chandra.kvcache.pool import KVPool
+from chandra.kvcache.view import BatchView
+
+__all__ = [
+    "KV_TYPES",
+    "BatchView",
+    "BlockManager",
+    "BlockTable",
+    "KVPool",
+    "KVShape",
+    "LayerGroup",
+    "group_layers",
+    "kv_bytes",
+    "kv_row",
+    "kv_row_bytes",
+]
