@@ -27,10 +27,14 @@ class Checkpoint(Protocol):
     `model_config.yaml`); tensor names are the file's own.
     """
 
-    kind: str
-    path: Path
-    metadata: Mapping[str, Any]
-    tensors: Mapping[str, TensorInfo]
+    @property
+    def kind(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str) -> PackedWeight:
         """The tensor as a view of the mapped file (copy-on-write, so that it may be handed to torch)."""

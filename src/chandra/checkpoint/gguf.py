@@ -242,7 +242,7 @@ class GGUFCheckpoint:
     def _open(self, path: Path) -> GGUFHeader:
         file = MappedFile(path)
         self._files.append(file)
-        header = read_header(memoryview(file.data), file.size, str(path))
+        header = read_header(file.bytes, file.size, str(path))
         for name, tensor in header.tensors.items():
             if name in self.tensors:
                 raise CheckpointError(f"{path}: tensor {name!r} is in another shard too")

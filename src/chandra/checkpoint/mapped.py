@@ -32,6 +32,7 @@ class MappedFile:
             raise ModelNotFound(f"{path} does not exist", "check the path") from error
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        self.bytes = memoryview(self._map)
         self.data: np.ndarray[Any, np.dtype[np.uint8]] = np.frombuffer(self._map, np.uint8)
 
     def view(self, start: int, nbytes: int, what: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
