@@ -5,7 +5,7 @@ from __future__ import annotations
 from chandra.errors import UnsupportedError
 from chandra.quant.base import BlockFormat, Format, PackedWeight, Part
 from chandra.quant.floats import BF16, F16, F32
-from chandra.quant.int4 import Int4G32, Int4G64, Int4G128
+from chandra.quant.int4 import Int4
 from chandra.quant.int8 import Int8
 from chandra.quant.iq4_nl import IQ4_NL
 from chandra.quant.iq4_xs import IQ4_XS
@@ -29,9 +29,10 @@ _FORMATS: tuple[Format, ...] = (
     *(Q4_0(), Q4_1(), Q5_0(), Q5_1(), Q8_0()),
     *(Q2_K(), Q3_K(), Q4_K(), Q5_K(), Q6_K()),
     *(IQ4_NL(), IQ4_XS(), MXFP4()),
-    *(Int8(), Int4G32(), Int4G64(), Int4G128(), NF4(), NF4DQ()),
+    *(Int8(), Int4(32), Int4(64), Int4(128), NF4(), NF4DQ()),
 )
 _BY_NAME = {fmt.name.lower(): fmt for fmt in _FORMATS}
+_BY_NAME["int4"] = _BY_NAME["int4-g128"]
 _BY_GGML_TYPE = {fmt.ggml_type: fmt for fmt in _FORMATS if isinstance(fmt, BlockFormat)}
 _UNSUPPORTED_GGML_TYPES = {
     **{4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"},
@@ -46,7 +47,7 @@ def formats() -> tuple[Format, ...]:
 
 
 def get_format(name: str) -> Format:
-    """The format of this name, in upper or lower case. Raises `UnsupportedError` for other names."""
+    """The format of this name, in upper or lower case; `int4` is `int4-g128`. Raises `UnsupportedError` for others."""
     found = _BY_NAME.get(name.lower())
     if found is None:
         raise UnsupportedError(f"unknown weight format {name!r}", f"formats: {', '.join(f.name for f in _FORMATS)}")
@@ -58,7 +59,7 @@ def format_of_ggml_type(type_id: int) -> BlockFormat:
     found = _BY_GGML_TYPE.get(type_id)
     if found is None:
         raise UnsupportedError(
-            f"GGUF tensor type {_UNSUPPORTED_GGML_TYPES.get(type_id, 'of number')} ({type_id}) is not supported",
+            f"GGUF tensor type {type_id} ({_UNSUPPORTED_GGML_TYPES.get(type_id, 'unknown')}) is not supported",
             f"use a file with the types {', '.join(f.name for f in _BY_GGML_TYPE.values())}",
         )
     return found

@@ -10,12 +10,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
 from chandra.errors import UnsupportedError
 from chandra.lazy import torch
+
+Tensors: TypeAlias = "Mapping[str, torch.Tensor]"  # the parts of a weight, by name
 
 CHUNK = 1 << 18  # values packed or unpacked at once: bounds the temporaries, and keeps them in the cache
 
@@ -51,34 +53,49 @@ class Part:
 class Format(ABC):
     """A weight format. Shapes are logical: `(rows, columns)` or `(experts, rows, columns)`; columns are the inputs."""
 
-    name: ClassVar[str]
-
-    @property
-    @abstractmethod
-    def bits_per_weight(self) -> float:
-        """Bits a value takes with its share of block scales (not counting what is stored once per row or tensor)."""
+    name: str
 
     @abstractmethod
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         """The arrays that hold a weight of this shape. Raises `UnsupportedError` if the shape cannot be packed."""
 
     @abstractmethod
-    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Pack a weight of any float dtype: one tensor for each of `parts(weight.shape)`, in its shape and dtype.
-
-        Raises `UnsupportedError` if the shape does not fit or a value is not finite (plain floats keep those).
-        """
+    def unit(self, shape: tuple[int, ...]) -> int:
+        """How many consecutive values are packed by themselves: a block, a group or a row."""
 
     @abstractmethod
-    def unpack_rows(
-        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], start: int, stop: int
-    ) -> torch.Tensor:
+    def pack_units(self, units: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """float32 `(n, unit)` -> for each part, its entries for these units `(n, k)`."""
+
+    @abstractmethod
+    def unpack_rows(self, parts: Tensors, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
         """float32 `(stop - start, columns)`: some rows, without touching the others.
 
         Rows are counted through the leading dimensions: row `r` of expert `e` is `e * rows + r`.
         """
 
-    def unpack(self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Pack a weight of any float dtype: one tensor for each of `parts(weight.shape)`, in its shape and dtype.
+
+        Raises `UnsupportedError` if the shape does not fit or a value is not finite (plain floats keep those).
+        """
+        shape = tuple(weight.shape)
+        packed = {
+            part.name: torch.empty(part.shape, dtype=getattr(torch, part.dtype), device=weight.device)
+            for part in self.parts(shape)
+        }
+        flat, unit = weight.detach().reshape(-1), self.unit(shape)
+        for start, stop in spans(len(flat), CHUNK // unit * unit or unit):
+            values = flat[start:stop].to(torch.float32)
+            if unit > 1:  # plain floats hold infinities
+                require_finite(self.name, values)
+            units = torch.nn.functional.pad(values, (0, -len(values) % unit)).reshape(-1, unit)
+            for whole, piece in zip(packed.values(), self.pack_units(units), strict=True):
+                target = whole.view(-1)[start // unit * piece.shape[1] :][: piece.numel()]
+                target.copy_(piece.reshape(-1)[: len(target)])
+        return packed
+
+    def unpack(self, parts: Tensors, shape: tuple[int, ...]) -> torch.Tensor:
         """The float32 weight of this shape: the reference every kernel is tested against."""
         rows, columns = math.prod(shape[:-1]), shape[-1]
         out = torch.empty((rows, columns), dtype=torch.float32, device=next(iter(parts.values())).device)
@@ -89,6 +106,20 @@ class Format(ABC):
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes a weight of this shape takes, summed over its parts."""
         return sum(part.nbytes for part in self.parts(shape))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a value of a large matrix takes, scales included. To plan, sum `nbytes` of the real shapes."""
+        return 8 * self.nbytes((1 << 14, 1 << 14)) / (1 << 28)
+
+    def blocks_per_row(self, columns: int, block_size: int) -> int:
+        """Raises `UnsupportedError` if the columns are not a multiple of the block size."""
+        if columns % block_size:
+            raise UnsupportedError(
+                f"{self.name} packs {block_size} values at once; a row of {columns} is not a multiple",
+                "choose a format with smaller blocks for this tensor, for example Q8_0 or F16",
+            )
+        return columns // block_size
 
 
 class BlockFormat(Format):
@@ -101,45 +132,29 @@ class BlockFormat(Format):
     block_bytes: ClassVar[int]
     ggml_type: ClassVar[int]  # GGML_TYPE_* of the GGUF specification
 
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.block_bytes / self.block_size
-
-    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        return (Part("data", (*shape[:-1], self.row_bytes(shape[-1])), "uint8"),)
-
-    def row_bytes(self, columns: int) -> int:
-        if columns % self.block_size:
-            raise UnsupportedError(
-                f"{self.name} packs blocks of {self.block_size} values; a row of {columns} is not a multiple",
-                "choose a format with smaller blocks for this tensor, for example Q8_0 or F16",
-            )
-        return columns // self.block_size * self.block_bytes
-
-    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        (part,) = self.parts(tuple(weight.shape))
-        blocks = weight.detach().reshape(-1, self.block_size)
-        data = torch.empty((len(blocks), self.block_bytes), dtype=torch.uint8, device=weight.device)
-        for start, stop in spans(len(blocks), CHUNK // self.block_size):
-            chunk = blocks[start:stop].to(torch.float32)
-            if self.block_size > 1:  # plain floats hold infinities
-                require_finite(self.name, chunk)
-            data[start:stop] = self.pack_blocks(chunk)
-        return {"data": data.reshape(part.shape)}
-
-    def unpack_rows(
-        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], start: int, stop: int
-    ) -> torch.Tensor:
-        rows = parts["data"].reshape(math.prod(shape[:-1]), self.row_bytes(shape[-1]))[start:stop]
-        return self.unpack_blocks(rows.reshape(-1, self.block_bytes)).reshape(len(rows), shape[-1])
-
     @abstractmethod
-    def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
-        """float32 `(n, block_size)` -> uint8 `(n, block_bytes)`."""
+    def pack_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """float32 `(n, block_size)` -> the fields of the blocks in their order, uint8 `(n, bytes)` each."""
 
     @abstractmethod
     def unpack_blocks(self, data: torch.Tensor) -> torch.Tensor:
         """uint8 `(n, block_bytes)` -> float32 `(n, block_size)`."""
+
+    def row_bytes(self, columns: int) -> int:
+        return self.blocks_per_row(columns, self.block_size) * self.block_bytes
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        return (Part("data", (*shape[:-1], self.row_bytes(shape[-1])), "uint8"),)
+
+    def unit(self, shape: tuple[int, ...]) -> int:  # noqa: ARG002
+        return self.block_size
+
+    def pack_units(self, units: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (torch.cat(self.pack_blocks(units), 1),)
+
+    def unpack_rows(self, parts: Tensors, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
+        rows = parts["data"].reshape(math.prod(shape[:-1]), self.row_bytes(shape[-1]))[start:stop]
+        return self.unpack_blocks(rows.reshape(-1, self.block_bytes)).reshape(len(rows), shape[-1])
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ class F32(BlockFormat):
     name = "F32"
     block_size, block_bytes, ggml_type = 1, 4, 0
 
-    def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
-        return blocks.contiguous().view(torch.uint8)
+    def pack_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (blocks.view(torch.uint8),)
 
     def unpack_blocks(self, data: torch.Tensor) -> torch.Tensor:
         return data.contiguous().view(torch.float32)
@@ -25,10 +25,10 @@ class F16(BlockFormat):
     name = "F16"
     block_size, block_bytes, ggml_type = 1, 2, 1
 
-    def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
+    def pack_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         halves = blocks.to(torch.float16)
         require_finite(self.name, halves[torch.isfinite(blocks)])
-        return halves.contiguous().view(torch.uint8)
+        return (halves.view(torch.uint8),)
 
     def unpack_blocks(self, data: torch.Tensor) -> torch.Tensor:
         return data.contiguous().view(torch.float16).to(torch.float32)
@@ -40,8 +40,8 @@ class BF16(BlockFormat):
     name = "BF16"
     block_size, block_bytes, ggml_type = 1, 2, 30
 
-    def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
-        return blocks.to(torch.bfloat16).contiguous().view(torch.uint8)
+    def pack_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (blocks.to(torch.bfloat16).view(torch.uint8),)
 
     def unpack_blocks(self, data: torch.Tensor) -> torch.Tensor:
         return data.contiguous().view(torch.bfloat16).to(torch.float32)

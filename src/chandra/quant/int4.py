@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import ClassVar
 
-from chandra.errors import UnsupportedError
 from chandra.lazy import torch
-from chandra.quant.base import CHUNK, Format, Part, require_finite, spans
+from chandra.quant.base import Format, Part, Tensors
 from chandra.quant.bits import pack_fields, reciprocal, to_half, unpack_fields
 from chandra.quant.search import fit_affine
 
@@ -19,70 +16,31 @@ class Int4(Format):
     `scales` and `zeros` float16 `(*rows, columns / group_size)`; `x = (q - zero) * scale`, zeros from 0 to 15.
     """
 
-    group_size: ClassVar[int]
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 4 + 32 / self.group_size
+    def __init__(self, group_size: int) -> None:
+        self.group_size = group_size
+        self.name = f"int4-g{group_size}"
 
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        if shape[-1] % self.group_size:
-            raise UnsupportedError(
-                f"{self.name} packs groups of {self.group_size} columns; {shape[-1]} is not a multiple",
-                "choose a format with smaller groups for this tensor, for example int4-g32 or int8",
-            )
-        groups = (*shape[:-1], shape[-1] // self.group_size)
+        groups = (*shape[:-1], self.blocks_per_row(shape[-1], self.group_size))
         data = Part("data", (*shape[:-1], shape[-1] // 2), "uint8")
         return data, Part("scales", groups, "float16"), Part("zeros", groups, "float16")
 
-    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        parts = self.parts(tuple(weight.shape))
-        groups = weight.detach().reshape(-1, self.group_size)
-        widths = (self.group_size // 2, 1, 1)
-        packed = [
-            torch.empty((len(groups), width), dtype=getattr(torch, part.dtype), device=weight.device)
-            for part, width in zip(parts, widths, strict=True)
-        ]
-        for start, stop in spans(len(groups), CHUNK // self.group_size):
-            for whole, piece in zip(packed, self.pack_groups(groups[start:stop].to(torch.float32)), strict=True):
-                whole[start:stop] = piece
-        return {part.name: whole.reshape(part.shape) for part, whole in zip(parts, packed, strict=True)}
+    def unit(self, shape: tuple[int, ...]) -> int:  # noqa: ARG002
+        return self.group_size
 
-    def pack_groups(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """float32 `(n, group_size)` -> nibbles `(n, group_size / 2)`, scales and zeros `(n, 1)`."""
-        require_finite(self.name, groups)
-        groups_and_zero = torch.cat((groups, torch.zeros_like(groups[:, :1])), 1)  # the zero must lie in 0..15
-        scale, offset = fit_affine(groups_and_zero, 15, [0.1 * i - 1 for i in range(21)])
+    def pack_units(self, units: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with_zero = torch.nn.functional.pad(units, (0, 1))  # a group on one side of zero must reach it
+        scale, offset = fit_affine(with_zero, 15)
         scales = to_half(self.name, scale)
         inverse = reciprocal(scales.to(torch.float32))
         zeros = (offset * inverse).clamp(0, 15).to(torch.float16)
-        q = (groups * inverse + zeros).round().clamp(0, 15)
+        q = (units * inverse + zeros).round().clamp(0, 15)
         return pack_fields(q, 4, 1), scales, zeros
 
-    def unpack_rows(
-        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], start: int, stop: int
-    ) -> torch.Tensor:
-        rows = math.prod(shape[:-1])
-        q = unpack_fields(parts["data"].reshape(rows, -1)[start:stop], 4, 1).reshape(-1, self.group_size)
-        scales, zeros = (
-            parts[name].reshape(rows, -1)[start:stop].reshape(-1, 1).to(torch.float32) for name in ("scales", "zeros")
+    def unpack_rows(self, parts: Tensors, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
+        data, scales, zeros = (
+            parts[name].reshape(math.prod(shape[:-1]), -1)[start:stop] for name in ("data", "scales", "zeros")
         )
-        return ((q - zeros) * scales).reshape(stop - start, shape[-1])
-
-
-class Int4G32(Int4):
-    """Groups of 32."""
-
-    name, group_size = "int4-g32", 32
-
-
-class Int4G64(Int4):
-    """Groups of 64."""
-
-    name, group_size = "int4-g64", 64
-
-
-class Int4G128(Int4):
-    """Groups of 128."""
-
-    name, group_size = "int4-g128", 128
+        q = unpack_fields(data, 4, 1).reshape(-1, self.group_size)
+        values = (q - zeros.reshape(-1, 1).to(torch.float32)) * scales.reshape(-1, 1).to(torch.float32)
+        return values.reshape(stop - start, shape[-1])

@@ -11,8 +11,10 @@ LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 
 
 def nearest_level(values: torch.Tensor) -> torch.Tensor:
-    """The nearest of LEVELS, float32."""
-    return table(LEVELS, values.device)[nearest(values, LEVELS)]
+    """The nearest of LEVELS, float32. All bounds between levels are multiples of a half, so a lookup finds it."""
+    halves = torch.arange(-256, 257, device=values.device) / 2
+    lookup = table(LEVELS, values.device)[nearest(halves, LEVELS)]
+    return lookup.take(((2 * values).ceil().clamp(-256, 256) + 256).long())
 
 
 class IQ4_NL(BlockFormat):
@@ -21,10 +23,10 @@ class IQ4_NL(BlockFormat):
     name = "IQ4_NL"
     block_size, block_bytes, ggml_type = 32, 18, 20
 
-    def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
+    def pack_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         d = half_bytes(self.name, fit_scale(blocks, nearest_level, LEVELS[0], range(-7, 8)))
         q = nearest(blocks * reciprocal(half(d, 0)), LEVELS)
-        return torch.cat((d, pack_fields(q, 4, 16)), 1)
+        return d, pack_fields(q, 4, 16)
 
     def unpack_blocks(self, data: torch.Tensor) -> torch.Tensor:
         return half(data, 0) * table(LEVELS, data.device)[unpack_fields(data[:, 2:], 4, 16).int()]

@@ -18,13 +18,13 @@ class IQ4_XS(BlockFormat):
     name = "IQ4_XS"
     block_size, block_bytes, ggml_type = 256, 136, 23
 
-    def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
+    def pack_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         d, sc, scaled = symmetric_super_block(
             self.name, blocks, 32, nearest_level, extreme=LEVELS[0], scale_extreme=-32, steps=range(-7, 8)
         )
         sc = (sc + 32).to(torch.uint8)
         scales = (half_bytes(self.name, d), pack_fields(sc >> 4, 2, 1), pack_fields(sc & 15, 4, 1))
-        return torch.cat((*scales, pack_fields(nearest(scaled, LEVELS), 4, 16)), 1)
+        return *scales, pack_fields(nearest(scaled, LEVELS), 4, 16)
 
     def unpack_blocks(self, data: torch.Tensor) -> torch.Tensor:
         sc = unpack_fields(data[:, 4:8], 4, 1) | unpack_fields(data[:, 2:4], 2, 1) << 4

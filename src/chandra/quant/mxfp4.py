@@ -15,12 +15,12 @@ class MXFP4(BlockFormat):
     name = "MXFP4"
     block_size, block_bytes, ggml_type = 32, 17, 39
 
-    def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
+    def pack_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         largest = blocks.abs().amax(1, keepdim=True)
         e = torch.where(largest > 0, largest.frexp().exponent + 124, 0).clamp(0, 254)
         q = nearest(blocks.abs() / self.scale(e), MAGNITUDES)
         q = q | ((blocks < 0) & (q > 0)) * 8
-        return torch.cat((e.to(torch.uint8), pack_fields(q, 4, 16)), 1)
+        return e.to(torch.uint8), pack_fields(q, 4, 16)
 
     def unpack_blocks(self, data: torch.Tensor) -> torch.Tensor:
         levels = table((*MAGNITUDES, *(-level for level in MAGNITUDES)), data.device)

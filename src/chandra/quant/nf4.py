@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 
 from chandra.lazy import torch
-from chandra.quant.base import CHUNK, Format, Part, require_finite, spans
+from chandra.quant.base import Format, Part, Tensors
 from chandra.quant.bits import table
 
 LEVELS = (
@@ -28,36 +27,18 @@ class NF4(Format):
 
     name = "nf4"
 
-    @property
-    def bits_per_weight(self) -> float:
-        return 4 + 32 / BLOCK
-
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         values = math.prod(shape)
         return Part("data", (-(-values // 2),), "uint8"), Part("absmax", (-(-values // BLOCK),), "float32")
 
-    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        data, absmax = (
-            torch.empty(part.shape, dtype=getattr(torch, part.dtype), device=weight.device)
-            for part in NF4.parts(self, tuple(weight.shape))
-        )
-        flat = weight.detach().reshape(-1)
-        levels = table(LEVELS, weight.device)
-        middles = (levels[1:] + levels[:-1]) / 2  # in float32, to decide ties as bitsandbytes does
-        for start, stop in spans(len(flat), CHUNK):
-            values = flat[start:stop].to(torch.float32)
-            require_finite(self.name, values)
-            blocks = torch.nn.functional.pad(values, (0, -len(values) % BLOCK)).reshape(-1, BLOCK)
-            largest = blocks.abs().amax(1, keepdim=True)
-            scaled = (blocks * (1.0 / largest.clamp(min=1e-38))).clamp(-1, 1)
-            q = torch.bucketize(scaled, middles).to(torch.uint8).reshape(-1)
-            data[start // 2 : -(-stop // 2)] = (q[::2] << 4 | q[1::2])[: -(-len(values) // 2)]
-            absmax[start // BLOCK : -(-stop // BLOCK)] = largest[:, 0]
-        return {"data": data, "absmax": absmax}
+    def unit(self, shape: tuple[int, ...]) -> int:  # noqa: ARG002
+        return BLOCK
 
-    def unpack_rows(
-        self, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...], start: int, stop: int
-    ) -> torch.Tensor:
+    def pack_units(self, units: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, absmax = nearest_levels(units, table(LEVELS, units.device))
+        return q[:, ::2] << 4 | q[:, 1::2], absmax
+
+    def unpack_rows(self, parts: Tensors, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
         first, last = start * shape[-1], stop * shape[-1]
         block = first // BLOCK
         data = parts["data"].reshape(-1)[block * BLOCK // 2 : -(-last // 2)]
@@ -66,7 +47,7 @@ class NF4(Format):
         values = table(LEVELS, data.device)[q.int()] * absmax
         return values[first - block * BLOCK : last - block * BLOCK].reshape(stop - start, shape[-1])
 
-    def absmax(self, parts: Mapping[str, torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    def absmax(self, parts: Tensors, start: int, stop: int) -> torch.Tensor:
         """The float32 absmax of some blocks."""
         return parts["absmax"][start:stop]
 
@@ -79,35 +60,31 @@ class NF4DQ(NF4):
 
     name = "nf4-dq"
 
-    @property
-    def bits_per_weight(self) -> float:
-        return 4 + 8 / BLOCK + 32 / (BLOCK * NESTED_BLOCK)
-
     def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
         data, absmax = super().parts(shape)
         nested = Part("nested_absmax", (-(-absmax.shape[0] // NESTED_BLOCK),), "float32")
         return data, Part("absmax", absmax.shape, "uint8"), nested, Part("nested_offset", (1,), "float32")
 
     def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        packed = super().pack(weight)
-        absmax = packed["absmax"]
-        offset = absmax.mean() if len(absmax) else absmax.new_zeros(())
+        data, absmax = NF4().pack(weight).values()
+        offset = absmax.mean()
         blocks = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
-        nested = blocks.abs().amax(1, keepdim=True)
-        levels = dynamic_map().to(absmax.device)
-        middles = (levels[1:] + levels[:-1]) / 2
-        q = torch.bucketize(blocks / nested.clamp(min=1e-38), middles).to(torch.uint8)
-        return {
-            "data": packed["data"],
-            "absmax": q.reshape(-1)[: len(absmax)],
-            "nested_absmax": nested[:, 0],
-            "nested_offset": offset.reshape(1),
-        }
+        q, nested = nearest_levels(blocks, dynamic_map().to(absmax.device))
+        q, nested = q.reshape(-1)[: len(absmax)], nested.reshape(-1)
+        return {"data": data, "absmax": q, "nested_absmax": nested, "nested_offset": offset.reshape(1)}
 
-    def absmax(self, parts: Mapping[str, torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    def absmax(self, parts: Tensors, start: int, stop: int) -> torch.Tensor:
         q = parts["absmax"][start:stop]
         nested = parts["nested_absmax"][torch.arange(start, stop, device=q.device) // NESTED_BLOCK]
         return dynamic_map().to(q.device)[q.int()] * nested + parts["nested_offset"]
+
+
+def nearest_levels(blocks: torch.Tensor, levels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each row: indices of the nearest ascending levels to its values / absmax (uint8), and absmax `(n, 1)`."""
+    absmax = blocks.abs().amax(1, keepdim=True)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))).clamp(-1, 1)
+    middles = (levels[1:] + levels[:-1]) / 2  # in float32, to decide ties as bitsandbytes does
+    return torch.bucketize(scaled, middles).to(torch.uint8), absmax
 
 
 @functools.cache

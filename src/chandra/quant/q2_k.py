@@ -17,11 +17,10 @@ class Q2_K(BlockFormat):
     name = "Q2_K"
     block_size, block_bytes, ggml_type = 256, 84, 10
 
-    def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
-        steps = [0.1 * i - 0.5 for i in range(16)]
-        d, dmin, sc, m, q = affine_super_block(self.name, blocks, group=16, top=3, scale_top=15, steps=steps)
+    def pack_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        d, dmin, sc, m, q = affine_super_block(self.name, blocks, group=16, top=3, scale_top=15)
         scales = (sc + 16 * m).to(torch.uint8)
-        return torch.cat((scales, pack_fields(q, 2, 32), half_bytes(self.name, d), half_bytes(self.name, dmin)), 1)
+        return scales, pack_fields(q, 2, 32), half_bytes(self.name, d), half_bytes(self.name, dmin)
 
     def unpack_blocks(self, data: torch.Tensor) -> torch.Tensor:
         scale, shift = half(data, 80) * (data[:, :16] & 15), half(data, 82) * (data[:, :16] >> 4)

@@ -17,7 +17,7 @@ class Q3_K(BlockFormat):
     name = "Q3_K"
     block_size, block_bytes, ggml_type = 256, 110, 11
 
-    def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
+    def pack_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         steps = [0.1 * i for i in range(-9, 10)]
         d, sc, scaled = symmetric_super_block(
             self.name, blocks, 16, lambda x: x.round().clamp(-4, 3), extreme=-4, scale_extreme=-32, steps=steps
@@ -25,7 +25,7 @@ class Q3_K(BlockFormat):
         q = (scaled.round().clamp(-4, 3) + 4).to(torch.uint8)
         sc = (sc + 32).to(torch.uint8)
         scales = (pack_fields(sc & 15, 4, 8), pack_fields(sc >> 4, 2, 4))
-        return torch.cat((pack_fields(q >> 2, 1, 32), pack_fields(q & 3, 2, 32), *scales, half_bytes(self.name, d)), 1)
+        return pack_fields(q >> 2, 1, 32), pack_fields(q & 3, 2, 32), *scales, half_bytes(self.name, d)
 
     def unpack_blocks(self, data: torch.Tensor) -> torch.Tensor:
         sc = unpack_fields(data[:, 96:104], 4, 8) | unpack_fields(data[:, 104:108], 2, 4) << 4

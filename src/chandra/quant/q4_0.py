@@ -13,10 +13,10 @@ class Q4_0(BlockFormat):
     name = "Q4_0"
     block_size, block_bytes, ggml_type = 32, 18, 2
 
-    def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
+    def pack_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         d = signed_max(blocks) / -8
         q = (blocks * reciprocal(d) + 8.5).trunc().clamp(0, 15)
-        return torch.cat((half_bytes(self.name, d), pack_fields(q, 4, 16)), 1)
+        return half_bytes(self.name, d), pack_fields(q, 4, 16)
 
     def unpack_blocks(self, data: torch.Tensor) -> torch.Tensor:
         return half(data, 0) * (unpack_fields(data[:, 2:], 4, 16).to(torch.float32) - 8)

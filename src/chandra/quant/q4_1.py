@@ -13,11 +13,11 @@ class Q4_1(BlockFormat):
     name = "Q4_1"
     block_size, block_bytes, ggml_type = 32, 20, 3
 
-    def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
+    def pack_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         low, high = blocks.aminmax(dim=1, keepdim=True)
         d = (high - low) / 15
         q = ((blocks - low) * reciprocal(d) + 0.5).trunc().clamp(0, 15)
-        return torch.cat((half_bytes(self.name, d), half_bytes(self.name, low), pack_fields(q, 4, 16)), 1)
+        return half_bytes(self.name, d), half_bytes(self.name, low), pack_fields(q, 4, 16)
 
     def unpack_blocks(self, data: torch.Tensor) -> torch.Tensor:
         return half(data, 0) * unpack_fields(data[:, 4:], 4, 16) + half(data, 2)

@@ -17,11 +17,10 @@ class Q4_K(BlockFormat):
     name = "Q4_K"
     block_size, block_bytes, ggml_type = 256, 144, 12
 
-    def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
-        steps = [0.1 * i - 1 for i in range(21)]
-        d, dmin, sc, m, q = affine_super_block(self.name, blocks, group=32, top=15, scale_top=63, steps=steps)
+    def pack_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        d, dmin, sc, m, q = affine_super_block(self.name, blocks, group=32, top=15, scale_top=63)
         scales = (half_bytes(self.name, d), half_bytes(self.name, dmin), pack_scales(sc, m))
-        return torch.cat((*scales, pack_fields(q, 4, 32)), 1)
+        return *scales, pack_fields(q, 4, 32)
 
     def unpack_blocks(self, data: torch.Tensor) -> torch.Tensor:
         sc, m = unpack_scales(data[:, 4:16])

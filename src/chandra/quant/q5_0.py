@@ -13,10 +13,10 @@ class Q5_0(BlockFormat):
     name = "Q5_0"
     block_size, block_bytes, ggml_type = 32, 22, 6
 
-    def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
+    def pack_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         d = signed_max(blocks) / -16
         q = (blocks * reciprocal(d) + 16.5).trunc().clamp(0, 31).to(torch.uint8)
-        return torch.cat((half_bytes(self.name, d), pack_fields(q >> 4, 1, 1), pack_fields(q & 15, 4, 16)), 1)
+        return half_bytes(self.name, d), pack_fields(q >> 4, 1, 1), pack_fields(q & 15, 4, 16)
 
     def unpack_blocks(self, data: torch.Tensor) -> torch.Tensor:
         q = unpack_fields(data[:, 6:], 4, 16) | unpack_fields(data[:, 2:6], 1, 1) << 4

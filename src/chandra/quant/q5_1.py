@@ -13,12 +13,12 @@ class Q5_1(BlockFormat):
     name = "Q5_1"
     block_size, block_bytes, ggml_type = 32, 24, 7
 
-    def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
+    def pack_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         low, high = blocks.aminmax(dim=1, keepdim=True)
         d = (high - low) / 31
         q = ((blocks - low) * reciprocal(d) + 0.5).trunc().clamp(0, 31).to(torch.uint8)
         scales = (half_bytes(self.name, d), half_bytes(self.name, low))
-        return torch.cat((*scales, pack_fields(q >> 4, 1, 1), pack_fields(q & 15, 4, 16)), 1)
+        return *scales, pack_fields(q >> 4, 1, 1), pack_fields(q & 15, 4, 16)
 
     def unpack_blocks(self, data: torch.Tensor) -> torch.Tensor:
         q = unpack_fields(data[:, 8:], 4, 16) | unpack_fields(data[:, 4:8], 1, 1) << 4

@@ -18,12 +18,11 @@ class Q5_K(BlockFormat):
     name = "Q5_K"
     block_size, block_bytes, ggml_type = 256, 176, 13
 
-    def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
-        steps = [0.1 * i - 0.5 for i in range(16)]
-        d, dmin, sc, m, q = affine_super_block(self.name, blocks, group=32, top=31, scale_top=63, steps=steps)
+    def pack_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        d, dmin, sc, m, q = affine_super_block(self.name, blocks, group=32, top=31, scale_top=63)
         q = q.to(torch.uint8)
         scales = (half_bytes(self.name, d), half_bytes(self.name, dmin), pack_scales(sc, m))
-        return torch.cat((*scales, pack_fields(q >> 4, 1, 32), pack_fields(q & 15, 4, 32)), 1)
+        return *scales, pack_fields(q >> 4, 1, 32), pack_fields(q & 15, 4, 32)
 
     def unpack_blocks(self, data: torch.Tensor) -> torch.Tensor:
         sc, m = unpack_scales(data[:, 4:16])

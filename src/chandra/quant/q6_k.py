@@ -17,14 +17,14 @@ class Q6_K(BlockFormat):
     name = "Q6_K"
     block_size, block_bytes, ggml_type = 256, 210, 14
 
-    def pack_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
+    def pack_blocks(self, blocks: torch.Tensor) -> tuple[torch.Tensor, ...]:
         steps = [0.1 * i for i in range(-9, 10)]
         d, sc, scaled = symmetric_super_block(
             self.name, blocks, 16, lambda x: x.round().clamp(-32, 31), extreme=-32, scale_extreme=-128, steps=steps
         )
         q = (scaled.round().clamp(-32, 31) + 32).to(torch.uint8)
         scales = (sc.to(torch.int8).view(torch.uint8), half_bytes(self.name, d))
-        return torch.cat((pack_fields(q & 15, 4, 64), pack_fields(q >> 4, 2, 32), *scales), 1)
+        return pack_fields(q & 15, 4, 64), pack_fields(q >> 4, 2, 32), *scales
 
     def unpack_blocks(self, data: torch.Tensor) -> torch.Tensor:
         scale = half(data, 208) * data[:, 192:208].contiguous().view(torch.int8)

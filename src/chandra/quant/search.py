@@ -19,18 +19,16 @@ def importance(values: torch.Tensor) -> torch.Tensor:
     return weights * reciprocal(weights.amax(1, keepdim=True))
 
 
-def fit_affine(values: torch.Tensor, top: int, steps: Iterable[float]) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_affine(values: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and offset, both `(n, 1)` and not negative, of `values = scale * q - offset` with `0 <= q <= top`."""
     weights = importance(values)
-    low, high = values.aminmax(dim=1, keepdim=True)
-    low = low.clamp(max=0)
-    shifted, weighted = values - low, weights * values
-    span = reciprocal(high - low)
+    weighted = weights * values
     w, x = weights.sum(1, keepdim=True), weighted.sum(1, keepdim=True)
-    scale, offset = (high - low) / top, -low
-    best = torch.full_like(scale, -torch.inf)
-    for step in steps:
-        q = (shifted * ((top + step) * span)).round_().clamp_(0, top)
+    low, high = values.aminmax(dim=1, keepdim=True)
+    offset = -low.clamp(max=0)
+    scale, best = (high + offset) / top, torch.full_like(high, -torch.inf)
+    for step in range(-10, 11):
+        q = ((values + offset) * ((top + 0.1 * step) * reciprocal(high + offset))).round_().clamp_(0, top)
         wq = weights * q
         l1, l2 = wq.sum(1, keepdim=True), (wq * q).sum(1, keepdim=True)
         xl = (weighted * q).sum(1, keepdim=True)
@@ -49,16 +47,14 @@ def fit_scale(
 ) -> torch.Tensor:
     """Scale `(n, 1)` of `values = scale * level`; `rounding` gives the nearest level of each value.
 
-    `extreme`, the level of the largest magnitude, goes to the value of the largest magnitude: scales may be negative.
+    `extreme`, the level of the largest magnitude, plus each of `steps` is tried as the level of the largest magnitude
+    among the values, so scales may be negative.
     """
-    weighted = importance(values) * values
     weights = importance(values)
-    largest = signed_max(values)
-    inverse = reciprocal(largest)
-    scale = largest / extreme
-    best = torch.zeros_like(scale)
+    weighted, largest = weights * values, signed_max(values)
+    scale, best = largest / extreme, torch.zeros_like(largest)
     for step in steps:
-        level = rounding(values * ((extreme + step) * inverse))
+        level = rounding(values * ((extreme + step) * reciprocal(largest)))
         xl, l2 = (weighted * level).sum(1, keepdim=True), (weights * level * level).sum(1, keepdim=True)
         gain = xl * xl / l2
         better = (l2 > 0) & (gain > best)
@@ -67,7 +63,7 @@ def fit_scale(
 
 
 def whole_scales(name: str, scales: torch.Tensor, extreme: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float scales of groups `(n, k)` as a float16 scale `(n, 1)` (in float32) times whole numbers `(n, k)`.
+    """Scales of groups `(n, k)` as a float16 scale `(n, 1)` (in float32) times whole numbers `(n, k)`.
 
     Whole numbers run from 0 to `extreme`, or from `extreme` to `-extreme - 1` where that is negative.
     """
@@ -77,16 +73,17 @@ def whole_scales(name: str, scales: torch.Tensor, extreme: int) -> tuple[torch.T
 
 
 def affine_super_block(
-    name: str, blocks: torch.Tensor, group: int, top: int, scale_top: int, steps: Iterable[float]
+    name: str, blocks: torch.Tensor, group: int, top: int, scale_top: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`x = d * sc * q - dmin * m` (Q2_K, Q4_K, Q5_K): d and dmin `(n, 1)`, sc and m `(n, groups)`, q `(n, 256)`."""
-    n = len(blocks)
-    groups = blocks.reshape(-1, group)
-    scale, offset = fit_affine(groups, top, steps)
+    n, groups = len(blocks), blocks.reshape(-1, group)
+    scale, offset = fit_affine(groups, top)
     d, sc = whole_scales(name, scale.reshape(n, -1), scale_top)
-    dmin, m = whole_scales(name, offset.reshape(n, -1), scale_top)
-    inverse, shift = reciprocal(d * sc).reshape(-1, 1), (dmin * m).reshape(-1, 1)
-    q = ((groups + shift) * inverse).round_().clamp_(0, top)
+    scale, weights = (d * sc).reshape(-1, 1), importance(groups)
+    q = ((groups + offset) * reciprocal(scale)).round_().clamp_(0, top)  # refit the offsets to the rounded scales
+    offset = (weights * (scale * q - groups)).sum(1, keepdim=True) * reciprocal(weights.sum(1, keepdim=True))
+    dmin, m = whole_scales(name, offset.clamp(min=0).reshape(n, -1), scale_top)
+    q = ((groups + (dmin * m).reshape(-1, 1)) * reciprocal(scale)).round_().clamp_(0, top)
     return d, dmin, sc, m, q.reshape(n, -1)
 
 
@@ -100,8 +97,7 @@ def symmetric_super_block(
     steps: Iterable[float],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`x = d * sc * level` (Q3_K, Q6_K, IQ4_XS): d `(n, 1)`, sc `(n, groups)` and `x / (d * sc)` `(n, 256)`."""
-    n = len(blocks)
-    groups = blocks.reshape(-1, group)
+    n, groups = len(blocks), blocks.reshape(-1, group)
     scale = fit_scale(groups, rounding, extreme, steps)
     d, sc = whole_scales(name, scale.reshape(n, -1), scale_extreme)
     return d, sc, (groups * reciprocal(d * sc).reshape(-1, 1)).reshape(n, -1)
