@@ -21,23 +21,22 @@ def importance(values: torch.Tensor) -> torch.Tensor:
 
 def fit_affine(values: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and offset, both `(n, 1)` and not negative, of `values = scale * q - offset` with `0 <= q <= top`."""
-    weights = importance(values)
-    weighted = weights * values
-    w, x = weights.sum(1, keepdim=True), weighted.sum(1, keepdim=True)
     low, high = values.aminmax(dim=1, keepdim=True)
-    offset = -low.clamp(max=0)
-    scale, best = (high + offset) / top, torch.full_like(high, -torch.inf)
-    for step in range(-10, 11):
+    low = low.clamp(max=0)
+    weights, above = importance(values), values - low  # sums over what is above the least value cancel less
+    weighted = weights * above
+    w, x = weights.sum(1, keepdim=True), weighted.sum(1, keepdim=True)
+    scale, offset, best = (high - low) / top, -low, torch.full_like(high, -torch.inf)
+    for step in (0, *range(-10, 11)):
         q = ((values + offset) * ((top + 0.1 * step) * reciprocal(high + offset))).round_().clamp_(0, top)
         wq = weights * q
-        l1, l2 = wq.sum(1, keepdim=True), (wq * q).sum(1, keepdim=True)
-        xl = (weighted * q).sum(1, keepdim=True)
-        determinant = w * l2 - l1 * l1
-        slope, minimum = (w * xl - x * l1) / determinant, (l2 * x - l1 * xl) / determinant
-        slope, minimum = torch.where(minimum > 0, xl / l2, slope), minimum.clamp(max=0)
-        gain = slope * xl + minimum * x  # what the squared error falls by
+        q1, q2, xq = wq.sum(1, keepdim=True), (wq * q).sum(1, keepdim=True), (weighted * q).sum(1, keepdim=True)
+        determinant = w * q2 - q1 * q1
+        base = torch.minimum((q2 * x - q1 * xq) / determinant, -low)
+        slope = (xq - base * q1) / q2
+        gain = slope * (2 * xq - slope * q2) + base * (2 * x - base * w - 2 * slope * q1)  # what the error falls by
         better = (determinant > 0) & (slope > 0) & (gain > best)
-        scale, offset = torch.where(better, slope, scale), torch.where(better, -minimum, offset)
+        scale, offset = torch.where(better, slope, scale), torch.where(better, -low - base, offset)
         best = torch.where(better, gain, best)
     return scale, offset
 
@@ -67,7 +66,10 @@ def whole_scales(name: str, scales: torch.Tensor, extreme: int) -> tuple[torch.T
 
     Whole numbers run from 0 to `extreme`, or from `extreme` to `-extreme - 1` where that is negative.
     """
-    d = to_half(name, signed_max(scales) / extreme).to(torch.float32)
+    d = signed_max(scales) / extreme
+    # where float16 is coarse, a larger scale costs whole numbers little, a smaller one would clip the largest
+    d = torch.where(d.abs() < 2**-14, d.sign() * (d.abs() * 2**24).ceil() / 2**24, d)
+    d = to_half(name, d).to(torch.float32)
     low, high = (extreme, -extreme - 1) if extreme < 0 else (0, extreme)
     return d, (scales * reciprocal(d)).round().clamp(low, high)
 
