@@ -100,7 +100,9 @@ class Candidate:
         need = np.where(np.asarray(allowed), need, np.inf)
         return Tier(device.name, device.cap - taken, self.seconds("resident", profile), need)
 
-    def offload(self, mode: str, gpu: Device | None, host_room: int, disk_layers: int, allowed: Sequence[bool]) -> Offload:
+    def offload(
+        self, mode: str, gpu: Device | None, host_room: int, disk_layers: int, allowed: Sequence[bool]
+    ) -> Offload:
         """Offloading the first layers in one of the modes; the first `disk_layers` of them are read from disk."""
         on_disk = np.arange(self.spec.num_layers) < disk_layers
         host = self.machine.host
@@ -137,9 +139,7 @@ def head_seconds(candidate: Candidate, device: Profile, rows: int = 1) -> float:
     return max(candidate.sizes.head_read / device.bandwidth, rows * candidate.sizes.head_macs / device.macs)
 
 
-def allowed_layers(
-    ranges: Mapping[str, Sequence[tuple[int, int]]], device: str, num_layers: int
-) -> tuple[bool, ...]:
+def allowed_layers(ranges: Mapping[str, Sequence[tuple[int, int]]], device: str, num_layers: int) -> tuple[bool, ...]:
     """Which layers may lie on a device: those the user gave it and those the user gave no one."""
     given = {i: name for name, spans in ranges.items() for first, last in spans for i in range(first, last + 1)}
     return tuple(given.get(i, device if device not in ranges else None) == device for i in range(num_layers))

@@ -73,9 +73,7 @@ def _orders(tiers: Sequence[Tier]) -> list[tuple[Tier, ...]]:
     return list(seen.values())
 
 
-def _split_in_order(
-    order: tuple[Tier, ...], offload: Offload | None, num_layers: int, balance: float
-) -> Split | None:
+def _split_in_order(order: tuple[Tier, ...], offload: Offload | None, num_layers: int, balance: float) -> Split | None:
     seconds_off, feasible_off = _offload_prefix(offload, num_layers)
     if not order:
         feasible = offload is not None and feasible_off[num_layers]

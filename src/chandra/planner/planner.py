@@ -45,6 +45,7 @@ class Constraints:
     chunk: int | None = None
     layers: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
     reserve: int = 0  # bytes of every GPU to leave alone
+    disk: int | None = None  # bytes of weights that may be read from disk for each step; None: as many as needed
     prompt: int = 512
 
 
@@ -92,7 +93,8 @@ def check(model: PlannableModel, devices: Sequence[Device], constraints: Constra
         )
     if constraints.format is not None and not any(v.label == constraints.format for v in model.variants):
         raise UsageError(
-            f"{model.name} is not to be had as {constraints.format}", f"formats: {', '.join(v.label for v in model.variants)}"
+            f"{model.name} is not to be had as {constraints.format}",
+            f"formats: {', '.join(v.label for v in model.variants)}",
         )
 
 
@@ -222,9 +224,7 @@ def _head_cost(candidate: Candidate, head: str) -> float:
     return ANSWER / w.parallel * head_seconds(candidate, candidate.machine.of(head), w.parallel)
 
 
-def _why_not(
-    model: PlannableModel, devices: Sequence[Device], machine: Machine, c: Constraints
-) -> tuple[str, str]:
+def _why_not(model: PlannableModel, devices: Sequence[Device], machine: Machine, c: Constraints) -> tuple[str, str]:
     """The message and the smallest change that would fit."""
     asked = ", ".join(f"{d.name} {format_size(d.cap)}" for d in devices)
     looser = [
