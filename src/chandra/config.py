@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_data_dir
 
@@ -38,7 +40,7 @@ class Settings:
         env = _Environment(os.environ if environ is None else environ)
         home = env.text("CHANDRA_HOME")
         return Settings(
-            home=Path(home).expanduser() if home else Path(user_data_dir("chandra", appauthor=False)),
+            home=Path(home).expanduser().absolute() if home else Path(user_data_dir("chandra", appauthor=False)),
             threads=env.count("CHANDRA_THREADS"),
             cpu=env.choice("CHANDRA_CPU", ("avx512", "avx2", "portable")),
             devices=tuple(part for part in (env.text("CHANDRA_DEVICE") or "").split(";") if part),
@@ -66,7 +68,7 @@ class _Environment:
         value = self.text(*names)
         if value is None:
             return None
-        if not value.isascii() or not value.isdigit() or int(value) < 1:
+        if not re.fullmatch("[0-9]{1,9}", value) or int(value) < 1:
             raise UsageError(f"{self._set(names)}={value!r} is not a positive whole number")
         return int(value)
 
@@ -140,14 +142,28 @@ class SamplingParams:
         for item in fields(self):
             if item.name in _RANGES:
                 self._check_number(item.name, whole="int" in str(item.type))
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens = {self.min_tokens} is above max_tokens = {self.max_tokens}")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} = {_short(getattr(self, name))} is neither true nor false")
+        stop = _items("stop", [self.stop] if isinstance(self.stop, str) else self.stop)
         if len(stop) > 64 or not all(isinstance(text, str) and 0 < len(text) <= 4096 for text in stop):
             raise RequestError("stop must be up to 64 strings of 1 to 4096 characters")
+        stop_ids = _items("stop_token_ids", self.stop_token_ids)
+        if len(stop_ids) > 1024 or not all(_is_token(token) for token in stop_ids):
+            raise RequestError("stop_token_ids must be up to 1024 token ids")
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        for token, bias in self.logit_bias.items():
-            if not isinstance(token, int) or token < 0 or not isinstance(bias, int | float) or math.isnan(bias):
-                raise RequestError(f"logit_bias: {token!r}: {bias!r} is not a token id and a number")
+        object.__setattr__(self, "stop_token_ids", stop_ids)
+        self._check_biases()
+
+    def _check_biases(self) -> None:
+        biases: Any = self.logit_bias
+        if not isinstance(biases, Mapping):
+            raise RequestError(f"logit_bias = {_short(biases)} is not a map of token ids to numbers")
+        for token, bias in biases.items():
+            if not _is_token(token) or isinstance(bias, bool) or not isinstance(bias, int | float) or math.isnan(bias):
+                raise RequestError(f"logit_bias: {_short(token)}: {_short(bias)} is not a token id and a number")
 
     def _check_number(self, name: str, whole: bool) -> None:
         value, (low, high) = getattr(self, name), _RANGES[name]
@@ -156,6 +172,22 @@ class SamplingParams:
         kind = int if whole else (int, float)
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
             raise RequestError(
-                f"{name} = {value!r} is out of range",
+                f"{name} = {_short(value)} is out of range",
                 f"{name} is a {'whole ' if whole else ''}number from {low:g} to {high:g}",
             )
+
+
+def _short(value: object) -> str:
+    """How a refused value is shown."""
+    text = f"a number of {value.bit_length()} bits" if isinstance(value, int) and abs(value) >> 128 else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31
+
+
+def _items(name: str, value: object) -> tuple[Any, ...]:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise RequestError(f"{name} = {_short(value)} is not a list")
+    return tuple(value)
