@@ -93,5 +93,9 @@ class DoesNotFit(ChandraError):
     exit_code = 3
 
 
+class NumericError(ChandraError):
+    """The model computed NaN or infinite logits."""
+
+
 class Aborted(ChandraError):
     """A request that was cancelled before it finished."""

@@ -1,0 +1,146 @@
+"""Which tokens of which sequences are computed in the next step.
+
+Continuous batching (Yu et al., Orca, 2022) with chunked prefill (Agrawal et al., Sarathi-Serve, 2024): every running
+sequence that decodes gets its one row, and prompts fill up the rest of the step in chunks. Sequences are served in
+order of arrival. When blocks run out, the latest arrival gives its own back and is computed again later; the earliest
+can always go on, because a sequence that does not fit alone is never accepted.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import NamedTuple
+
+from chandra.engine.config import EngineConfig
+from chandra.engine.sequence import Sequence, State
+from chandra.kvcache import BlockManager
+
+_by_id = attrgetter("id")
+
+
+class Chunk(NamedTuple):
+    """Tokens `start:end` of a sequence, to be computed in one step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+    @property
+    def scored(self) -> range:
+        """Positions whose logits are wanted: those that predict the prompt, and the last token there is."""
+        sequence, last = self.sequence, self.sequence.num_tokens - 1
+        first = sequence.next_scored
+        if first == sequence.prompt_len - 1:
+            return range(last, self.end)
+        return range(max(first, self.start), self.end)
+
+
+class Scheduler:
+    """The waiting and the running sequences, both in order of arrival."""
+
+    def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._chosen: dict[int, Chunk] = {}
+        self._tokens_left = 0
+        self._rows_left = 0
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=_by_id)
+
+    def schedule(self) -> list[Chunk]:
+        """The chunks of the next step, at most one per sequence: at most `chunk` tokens, `max_logit_rows` logits."""
+        self._chosen = {}
+        self._tokens_left, self._rows_left = self.config.chunk, self.config.max_logit_rows
+        preemptions = self.preemptions
+        prefilling = [s for s in self.running if s.num_tokens - s.num_computed > 1]
+        for sequence in [s for s in self.running if s.num_tokens - s.num_computed == 1]:
+            self._place(sequence)
+        for sequence in prefilling:
+            self._place(sequence)
+        if preemptions == self.preemptions:
+            self._admit()
+        return list(self._chosen.values())
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a finished or aborted sequence out, whatever its state, and free its blocks."""
+        (self.running if sequence.state is State.RUNNING else self.waiting).remove(sequence)
+        sequence.state = State.FINISHED
+        if sequence.id in self.blocks.tables:
+            self.blocks.free(sequence.id)
+
+    def release_followers(self, leader: Sequence) -> None:
+        """Let the sequences that share the leader's prompt begin with its blocks."""
+        for sequence in self.waiting:
+            if sequence.leader is leader:
+                sequence.leader = None
+                sequence.num_computed = self.blocks.fork(leader.id, sequence.id, sequence.num_tokens)
+
+    def _admit(self) -> None:
+        for sequence in self._admissible():
+            if len(self.running) == self.config.max_num_seqs or not self._tokens_left or not self._rows_left:
+                return
+            if sequence.id not in self.blocks.tables:
+                reuse = sequence.prompt_logprobs is None
+                sequence.num_computed = self.blocks.allocate(sequence.id, sequence.tokens, sequence.salt, reuse)
+            # room for the whole of it, and for each running sequence to go on: else it would soon be preempted again
+            room = self.blocks.has_room(sequence.id, sequence.num_tokens, self.config.chunk, len(self.running))
+            if self.running and not room:
+                return
+            self.waiting.remove(sequence)
+            insort(self.running, sequence, key=_by_id)
+            sequence.state = State.RUNNING
+            self._place(sequence)
+
+    def _admissible(self) -> Iterator[Sequence]:
+        return (s for s in tuple(self.waiting) if not s.held_back)
+
+    def _place(self, sequence: Sequence) -> None:
+        """Choose the sequence's next chunk, at the cost of later arrivals if need be."""
+        if sequence.state is not State.RUNNING:  # preempted in this step
+            return
+        end = self._chunk_end(sequence)
+        if end == sequence.num_computed:
+            return
+        while not self.blocks.append(sequence.id, end):
+            victim = self._latest()
+            self._preempt(victim)
+            if victim is sequence:
+                return
+        chunk = self._chosen[sequence.id] = Chunk(sequence, sequence.num_computed, end)
+        self._tokens_left -= end - chunk.start
+        self._rows_left -= len(chunk.scored)
+
+    def _chunk_end(self, sequence: Sequence) -> int:
+        """Where the chunk ends: at a block boundary if the prompt goes on, so that windows stay within their blocks."""
+        start, size = sequence.num_computed, self.blocks.block_size
+        end = min(sequence.num_tokens, start + self._tokens_left)
+        if sequence.next_scored < sequence.prompt_len - 1:
+            end = min(end, max(start, sequence.next_scored) + self._rows_left)
+        if end < sequence.num_tokens and end // size * size > start:
+            end = end // size * size
+        return end if self._rows_left else start
+
+    def _latest(self) -> Sequence:
+        """The latest arrival that holds blocks; those that do not run yet come first."""
+        holding = (s for s in reversed(self.waiting) if s.id in self.blocks.tables)
+        return next(holding, self.running[-1])
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.blocks.free(sequence.id)
+        sequence.num_computed = 0
+        if sequence.state is State.WAITING:
+            return
+        self.preemptions += 1
+        self.running.remove(sequence)
+        sequence.state = State.WAITING
+        self.add(sequence)
+        chunk = self._chosen.pop(sequence.id, None)
+        if chunk is not None:
+            self._tokens_left += chunk.end - chunk.start
+            self._rows_left += len(chunk.scored)
