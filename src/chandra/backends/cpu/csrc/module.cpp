@@ -1,11 +1,14 @@
 // The Python face of the CPU kernels.
 #include <nanobind/nanobind.h>
 
-#include "array.h"
 #include "isa.h"
 #include "pool.h"
 
 namespace nb = nanobind;
+
+namespace chandra {
+void register_attention(nb::module_& m);
+}
 
 NB_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of Chandra";
@@ -16,4 +19,5 @@ NB_MODULE(_cpu, m) {
         "Use these instructions: auto, portable, avx2 or avx512. Raises ValueError if this CPU lacks them.");
   m.def("isa", [] { return chandra::isa_name(chandra::current_isa()); }, "The instruction set in use.");
   m.def("threads", [] { return chandra::Pool::shared().size(); }, "Threads of the pool, the caller included.");
+  chandra::register_attention(m);
 }

@@ -1,0 +1,610 @@
+// The attention kernels of one instruction set; compiled once for each (CHANDRA_ISA).
+#include "attention.h"
+#include "simd.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace chandra {
+namespace {
+
+constexpr float kLog2e = 1.44269504f;
+constexpr float kLowest = -__builtin_inff();
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// A buffer of this thread that only grows.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  float* floats(int64_t n) {
+    if (n > size_) {
+      std::free(data_);
+      size_ = (n + 15) / 16 * 16;
+      data_ = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(size_) * sizeof(float)));
+      if (!data_) size_ = 0, throw std::runtime_error("out of memory for attention scratch");
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch scratch;
+
+// ---- cache rows
+
+template <KvType T>
+CHANDRA_INLINE vec load_kv(const uint8_t* row, int j) {  // values [j * W, (j + 1) * W)
+  if constexpr (T == KvType::f32) {
+    return load(reinterpret_cast<const float*>(row) + j * W);
+  } else if constexpr (T == KvType::f16) {
+    return load_f16(row + j * W * 2);
+  } else if constexpr (T == KvType::bf16) {
+    return load_bf16(row + j * W * 2);
+  } else {
+    constexpr int per_block = 32 / W, bytes = T == KvType::q8_0 ? 34 : 18;
+    const uint8_t* block = row + j / per_block * bytes;
+    const int part = j % per_block;
+    uint16_t scale;
+    std::memcpy(&scale, block, 2);
+    const vec x = T == KvType::q8_0 ? load_i8(block + 2 + part * W)
+                                    : load_nibbles(block + 2 + part % (16 / W) * W, part >= 16 / W);
+    return mul(x, set1(f16_to_f32(scale)));
+  }
+}
+
+void write_row(KvType type, const float* x, int n, uint8_t* row) {
+  constexpr float f16_max = 65504.0f;  // saturate: an infinity in the cache would turn into NaN
+  if (type == KvType::f32) {
+    std::memcpy(row, x, static_cast<size_t>(n) * 4);
+  } else if (type == KvType::f16 || type == KvType::bf16) {
+    for (int i = 0; i < n; ++i) {
+      const float bounded = x[i] > f16_max ? f16_max : x[i] < -f16_max ? -f16_max : x[i];
+      const uint16_t half = type == KvType::f16 ? f32_to_f16(bounded) : f32_to_bf16(x[i]);
+      std::memcpy(row + i * 2, &half, 2);
+    }
+  } else {
+    for (int b = 0; b < n / 32; ++b, x += 32) {  // GGUF blocks: f16 scale, then the quants
+      float extreme = 0;                         // the value of largest magnitude
+      for (int i = 0; i < 32; ++i) extreme = std::fabs(x[i]) > std::fabs(extreme) ? x[i] : extreme;
+      const bool q8 = type == KvType::q8_0;
+      const float d = q8 ? std::fabs(extreme) / 127.0f : extreme / -8.0f;
+      const float inverse = d != 0 ? 1.0f / d : 0.0f;
+      uint8_t* block = row + b * (q8 ? 34 : 18);
+      const uint16_t scale = f32_to_f16(d);
+      std::memcpy(block, &scale, 2);
+      if (q8) {
+        for (int i = 0; i < 32; ++i) block[2 + i] = static_cast<uint8_t>(static_cast<int8_t>(std::round(x[i] * inverse)));
+      } else {
+        for (int i = 0; i < 16; ++i) {
+          const int low = static_cast<int>(x[i] * inverse + 8.5f), high = static_cast<int>(x[i + 16] * inverse + 8.5f);
+          block[2 + i] = static_cast<uint8_t>((low > 15 ? 15 : low) | (high > 15 ? 15 : high) << 4);
+        }
+      }
+    }
+  }
+}
+
+// Where the keys of one sequence and kv head are.
+struct Pages {
+  const KvCache& cache;
+  const int32_t* table;
+  int64_t blocks;
+  int kv_head, num_kv_heads;
+
+  Pages(const AttentionCall& call, int64_t sequence, int head)
+      : cache(call.cache),
+        table(call.block_table + sequence * call.blocks_per_sequence),
+        blocks(call.blocks_per_sequence),
+        kv_head(head),
+        num_kv_heads(call.shape->num_kv_heads) {}
+
+  int64_t offset(int64_t position) const {  // bytes from the start of k or v
+    const int64_t index = position / cache.block_size;
+    const int64_t block = index < blocks ? table[index] : -1;
+    if (block < 0 || block >= cache.num_blocks) throw std::out_of_range("a key is in no block of the cache");
+    return ((block * num_kv_heads + kv_head) * cache.block_size + position % cache.block_size) * cache.row_bytes;
+  }
+};
+
+// ---- norm, rope and the write to the cache
+
+void norm_heads(const HeadNorm& norm, float* x, int total) {
+  const int width = norm.width;
+  for (int start = 0; start < total; start += width, x += width) {
+    float mean = 0, squares = 0;
+    vec sum = zero();
+    int i = 0;
+    if (norm.layer) {
+      for (; i + W <= width; i += W) sum = add(sum, load(x + i));
+      mean = sum_lanes(sum);
+      for (; i < width; ++i) mean += x[i];
+      mean /= static_cast<float>(width);
+    }
+    sum = zero();
+    for (i = 0; i + W <= width; i += W) {
+      const vec centered = sub(load(x + i), set1(mean));
+      sum = fma(centered, centered, sum);
+    }
+    squares = sum_lanes(sum);
+    for (; i < width; ++i) squares += (x[i] - mean) * (x[i] - mean);
+    const float inverse = 1.0f / std::sqrt(squares / static_cast<float>(width) + norm.eps);
+    for (i = 0; i < width; ++i) {
+      x[i] = (x[i] - mean) * inverse * norm.weight[i];
+      if (norm.bias) x[i] += norm.bias[i];
+    }
+  }
+}
+
+void rotate_head(const AttentionShape& shape, float* __restrict x, const float* __restrict cos,
+                 const float* __restrict sin) {
+  const int half = shape.rotary_dim / 2, step = shape.interleaved ? 2 : 1, gap = shape.interleaved ? 1 : half;
+  for (int i = 0; i < half; ++i) {
+    const float a = x[i * step], b = x[i * step + gap];
+    x[i * step] = a * cos[i] - b * sin[i];
+    x[i * step + gap] = b * cos[i] + a * sin[i];
+  }
+}
+
+void prepare(const AttentionCall& call, int64_t row) {
+  const AttentionShape& shape = *call.shape;
+  const KvCache& cache = call.cache;
+  const int d = shape.head_dim, half = shape.rotary_dim / 2;
+  float* q = call.q.data + row * call.q.stride;
+  float* k = call.k.data + row * call.k.stride;
+  const float* v = call.v.data + row * call.v.stride;
+  if (shape.q_norm.weight) norm_heads(shape.q_norm, q, shape.num_heads * d);
+  if (shape.k_norm.weight) norm_heads(shape.k_norm, k, shape.num_kv_heads * d);
+  if (half) {
+    const float *cos = call.cos + row * half, *sin = call.sin + row * half;
+    for (int head = 0; head < shape.num_heads; ++head) rotate_head(shape, q + head * d, cos, sin);
+    for (int head = 0; head < shape.num_kv_heads; ++head) rotate_head(shape, k + head * d, cos, sin);
+  }
+  const int64_t slot = call.slots[row];
+  if (slot < 0 || slot >= cache.num_blocks * cache.block_size) throw std::out_of_range("a slot is outside the cache");
+  const int64_t block = slot / cache.block_size, within = slot % cache.block_size;
+  for (int head = 0; head < shape.num_kv_heads; ++head) {
+    const int64_t at = ((block * shape.num_kv_heads + head) * cache.block_size + within) * cache.row_bytes;
+    write_row(cache.type, k + head * d, d, cache.k + at);
+    write_row(cache.type, v + head * d, d, cache.v + at);
+  }
+}
+
+// ---- what decode and prefill share
+
+// One (query, head) pair.
+struct Query {
+  int64_t position, first;  // it sees the keys [first, position]
+  const float* q;
+  float* out;
+};
+
+Query query_of(const AttentionCall& call, int64_t sequence, int kv_head, int64_t index) {
+  const AttentionShape& shape = *call.shape;
+  const int group = call.group();
+  const int64_t row = call.query_start[sequence] + index / group;
+  const int64_t at = (static_cast<int64_t>(kv_head) * group + index % group) * shape.head_dim;
+  const int64_t position = call.positions[row];
+  return {position, call.first_key(position), call.q.data + row * call.q.stride + at,
+          call.out.data + row * call.out.stride + at};
+}
+
+// q as the score kernels want it: scaled so that exp becomes 2^, padded to whole vectors.
+void copy_query(const AttentionShape& shape, const float* q, int padded, float* to) {
+  const float factor = shape.softcap ? shape.scale / shape.softcap : shape.scale * kLog2e;
+  for (int i = 0; i < padded; ++i) to[i] = i < shape.head_dim ? q[i] * factor : 0.0f;
+}
+
+CHANDRA_INLINE vec cap(vec x, float softcap) {  // softcap * tanh(x), in units of log2
+  const vec magnitude = max(x, sub(zero(), x));
+  const vec t = exp2(mul(magnitude, set1(-2 * kLog2e)));
+  const vec sign = div(x, max(magnitude, set1(1e-30f)));
+  return mul(mul(sign, div(sub(set1(1.0f), t), add(set1(1.0f), t))), set1(softcap * kLog2e));
+}
+
+struct Stats {
+  float max = kLowest, sum = 0;
+};
+
+// Turns the scores [begin, end) of a tile into 2^(score - max), all others into 0.
+Stats softmax_tile(float* scores, int begin, int end, float softcap) {
+  if (begin >= end) {
+    std::memset(scores, 0, kTile * sizeof(float));
+    return {};
+  }
+  const int first = begin / W * W, last = (end + W - 1) / W * W;
+  vec top = set1(kLowest);
+  for (int i = first; i < last; i += W) {
+    vec x = load(scores + i);
+    if (softcap) x = cap(x, softcap);
+    x = keep(x, begin - i, end - i, kLowest);
+    store(scores + i, x);
+    top = max(top, x);
+  }
+  Stats stats;
+  stats.max = max_lane(top);
+  vec sum = zero();
+  for (int i = 0; i < first; i += W) store(scores + i, zero());
+  for (int i = first; i < last; i += W) {
+    const vec p = keep(exp2(sub(load(scores + i), set1(stats.max))), begin - i, end - i, 0.0f);
+    store(scores + i, p);
+    sum = add(sum, p);
+  }
+  for (int i = last; i < kTile; i += W) store(scores + i, zero());
+  stats.sum = sum_lanes(sum);
+  return stats;
+}
+
+// Folds (part, stats) into (total, into); n is a multiple of W.
+void fold(float* total, Stats& into, const float* part, Stats stats, int n) {
+  if (stats.max == kLowest) return;
+  if (into.max == kLowest) {
+    std::memcpy(total, part, static_cast<size_t>(n) * sizeof(float));
+    into = stats;
+    return;
+  }
+  const float top = into.max > stats.max ? into.max : stats.max;
+  const float a = exp2(into.max - top), b = exp2(stats.max - top);
+  for (int i = 0; i < n; i += W) store(total + i, fma(set1(a), load(total + i), mul(set1(b), load(part + i))));
+  into = {top, a * into.sum + b * stats.sum};
+}
+
+void finish(const float* total, Stats stats, int n, float* out) {
+  const float inverse = 1.0f / stats.sum;
+  for (int i = 0; i < n; ++i) out[i] = total[i] * inverse;
+}
+
+// The scores of W keys are sums over lanes of products; both kernels add the lanes in the order l + l/2, l/4, …:
+// `few` has one vector of partial sums for each key and folds them pairwise, `many` has one vector for each lane.
+
+// ---- few queries: keys and values in place
+
+// Products of R queries with one key, for each lane.
+template <int R>
+struct Sums {
+  vec row[R];
+};
+
+template <KvType T, int R>
+struct KeyBlock {
+  const uint8_t* base;
+  int64_t stride;
+  const float* q;
+  int padded;
+
+  // The scores of the W / STEP keys KEY, KEY + STEP, …, folded so far.
+  template <int KEY, int STEP>
+  CHANDRA_INLINE Sums<R> scores() const {
+    Sums<R> x;
+    if constexpr (STEP == W) {
+      const uint8_t* row = base + KEY * stride;
+      for (int r = 0; r < R; ++r) x.row[r] = zero();
+      for (int j = 0; j < padded / W; ++j) {
+        const vec k = load_kv<T>(row, j);
+        for (int r = 0; r < R; ++r) x.row[r] = fma(load(q + r * padded + j * W), k, x.row[r]);
+      }
+    } else {
+      x = scores<KEY, STEP * 2>();
+      const Sums<R> y = scores<KEY + STEP, STEP * 2>();
+      for (int r = 0; r < R; ++r) x.row[r] = combine<STEP>(x.row[r], y.row[r]);
+    }
+    return x;
+  }
+};
+
+template <KvType T, int R>
+void few_scores(const Pages& pages, int64_t begin, int64_t end, int64_t tile, const float* q, int padded, float* scores) {
+  for (int64_t key = begin / W * W; key < end; key += W) {
+    const KeyBlock<T, R> block{pages.cache.k + pages.offset(key), pages.cache.row_bytes, q, padded};
+    const Sums<R> x = block.template scores<0, 1>();
+    for (int r = 0; r < R; ++r) store(scores + r * kTile + (key - tile), x.row[r]);
+  }
+}
+
+// out[r][..] = sum of weights[r][key] * value[key]; V vectors at a time.
+template <KvType T, int R, int V>
+CHANDRA_INLINE void few_values_at(const Pages& pages, int64_t begin, int64_t end, int64_t tile, const float* weights,
+                                  int first, float* out, int64_t stride) {
+  vec sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < V; ++i) sum[r][i] = zero();
+  for (int64_t key = begin; key < end;) {
+    const int64_t stop = min_of(end, (key / pages.cache.block_size + 1) * pages.cache.block_size);
+    const uint8_t* row = pages.cache.v + pages.offset(key);
+    for (; key < stop; ++key, row += pages.cache.row_bytes) {
+      vec value[V];
+      for (int i = 0; i < V; ++i) value[i] = load_kv<T>(row, first + i);
+      for (int r = 0; r < R; ++r) {
+        const vec weight = set1(weights[r * kTile + (key - tile)]);
+        for (int i = 0; i < V; ++i) sum[r][i] = fma(weight, value[i], sum[r][i]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < V; ++i) store(out + r * stride + (first + i) * W, sum[r][i]);
+}
+
+template <KvType T, int R>
+void few_values(const Pages& pages, int64_t begin, int64_t end, int64_t tile, const float* weights, int padded,
+                float* out, int64_t stride) {
+  int j = 0;
+  for (; j + 4 <= padded / W; j += 4) few_values_at<T, R, 4>(pages, begin, end, tile, weights, j, out, stride);
+  for (; j < padded / W; ++j) few_values_at<T, R, 1>(pages, begin, end, tile, weights, j, out, stride);
+}
+
+template <KvType T>
+void few(const AttentionCall& call, int64_t sequence, int kv_head, int64_t begin, int64_t end, float* partials) {
+  const AttentionShape& shape = *call.shape;
+  const Pages pages(call, sequence, kv_head);
+  const int d = shape.head_dim, group = call.group();
+  const int rows = static_cast<int>(call.query_start[sequence + 1] - call.query_start[sequence]) * group;
+  const int64_t stride = partial_floats(d);
+  float* q = scratch.floats(kFewRows * (d + kTile + stride));
+  float *scores = q + kFewRows * d, *sums = scores + kFewRows * kTile;
+  Query query[kFewRows];
+  Stats total[kFewRows];
+  for (int r = 0; r < rows; ++r) {
+    query[r] = query_of(call, sequence, kv_head, r);
+    copy_query(shape, query[r].q, d, q + r * d);
+  }
+  for (int64_t tile = begin / kTile * kTile; tile < end; tile += kTile) {
+    const int64_t stop = min_of(end, tile + kTile);
+    for (int r0 = 0; r0 < rows;) {
+      const int count = static_cast<int>(min_of(4, rows - r0));
+      int64_t low = stop, high = tile;
+      for (int r = r0; r < r0 + count; ++r) {
+        low = min_of(low, max_of(query[r].first, tile));
+        high = max_of(high, min_of(query[r].position + 1, stop));
+      }
+      const auto both = [&](auto constant) {
+        constexpr int R = decltype(constant)::value;
+        few_scores<T, R>(pages, low, high, tile, q + r0 * d, d, scores + r0 * kTile);
+        Stats stats[R];
+        for (int r = 0; r < R; ++r) {
+          const Query& x = query[r0 + r];
+          stats[r] = softmax_tile(scores + (r0 + r) * kTile, static_cast<int>(max_of(x.first - tile, 0)),
+                                  static_cast<int>(min_of(x.position + 1, stop) - tile), shape.softcap);
+        }
+        few_values<T, R>(pages, low, high, tile, scores + r0 * kTile, d, sums + r0 * stride, stride);
+        for (int r = r0; r < r0 + R; ++r) fold(partials + r * stride, total[r], sums + r * stride, stats[r - r0], d);
+      };
+      if (low < high) {
+        if (count == 4) both(std::integral_constant<int, 4>());
+        if (count == 3) both(std::integral_constant<int, 3>());
+        if (count == 2) both(std::integral_constant<int, 2>());
+        if (count == 1) both(std::integral_constant<int, 1>());
+      }
+      r0 += count;
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    partials[r * stride + d] = total[r].max;
+    partials[r * stride + d + 1] = total[r].sum;
+  }
+}
+
+void merge(const AttentionCall& call, int64_t sequence, int kv_head, int64_t first_unit, int64_t units, int unit,
+           const float* partials) {
+  const int d = call.shape->head_dim;
+  const int64_t rows = (call.query_start[sequence + 1] - call.query_start[sequence]) * call.group();
+  const int64_t stride = partial_floats(d), per_split = kSplit / unit;
+  float *split = scratch.floats(2 * stride), *total = split + stride;
+  for (int64_t r = 0; r < rows; ++r) {
+    Stats in_split, in_total;
+    for (int64_t u = 0; u < units; ++u) {
+      const float* part = partials + (u * rows + r) * stride;
+      fold(split, in_split, part, {part[d], part[d + 1]}, d);
+      if ((first_unit + u + 1) % per_split && u + 1 < units) continue;
+      fold(total, in_total, split, in_split, d);
+      in_split = {};
+    }
+    finish(total, in_total, d, query_of(call, sequence, kv_head, r).out);
+  }
+}
+
+// ---- many queries: tiles of keys and values converted once
+
+template <KvType T>
+void unpack_row(const uint8_t* row, int d, int padded, float* to) {
+  int j = 0;
+  for (; (j + 1) * W <= d; ++j) store(to + j * W, load_kv<T>(row, j));
+  for (int i = j * W; i < padded; ++i) {  // only the float types come in rows of any length
+    float x = 0;
+    if (i < d) {
+      if constexpr (T == KvType::f32) std::memcpy(&x, row + i * 4, 4);
+      uint16_t half;
+      std::memcpy(&half, row + i * 2, 2);
+      if constexpr (T == KvType::f16) x = f16_to_f32(half);
+      if constexpr (T == KvType::bf16) x = bf16_to_f32(half);
+    }
+    to[i] = x;
+  }
+}
+
+template <int F>
+CHANDRA_INLINE void transpose_stage(vec* x) {
+  for (int i = 0; i < W; ++i)
+    if (!(i & F)) exchange<F>(x[i], x[i + F]);
+}
+
+// (W, padded) -> (padded, W)
+void transpose(const float* from, int padded, float* to) {
+  for (int j = 0; j < padded; j += W) {
+    vec x[W];
+    for (int i = 0; i < W; ++i) x[i] = load(from + i * padded + j);
+    if constexpr (W == 16) transpose_stage<W / 2>(x);
+    transpose_stage<4>(x);
+    transpose_stage<2>(x);
+    transpose_stage<1>(x);
+    for (int i = 0; i < W; ++i) store(to + (j + i) * W, x[i]);
+  }
+}
+
+// Keys [begin, end) of a tile as (kTile / W, padded, W) and values as (kTile, padded), zero outside.
+template <KvType T>
+void unpack_tile(const Pages& pages, int64_t tile, int64_t begin, int64_t end, int d, int padded, float* keys,
+                 float* values, float* staging) {
+  for (int64_t key = tile / W * W; key < tile + kTile; key += W) {
+    const int64_t at = key - tile;
+    if (key + W <= begin || key >= end) continue;  // never looked at
+    for (int i = 0; i < W; ++i) {
+      float* value = values + (at + i) * padded;
+      if (key + i < begin || key + i >= end) {
+        std::memset(staging + i * padded, 0, static_cast<size_t>(padded) * sizeof(float));
+        std::memset(value, 0, static_cast<size_t>(padded) * sizeof(float));
+        continue;
+      }
+      const int64_t offset = pages.offset(key + i);
+      unpack_row<T>(pages.cache.k + offset, d, padded, staging + i * padded);
+      unpack_row<T>(pages.cache.v + offset, d, padded, value);
+    }
+    transpose(staging, padded, keys + at * padded);
+  }
+}
+
+template <int R>
+struct TransposedKeys {
+  const float* keys;  // (padded, W)
+  const float* q;
+  int padded;
+
+  // Lane sums LANE, LANE + STEP, … of the scores of W keys, added up.
+  template <int LANE, int STEP>
+  CHANDRA_INLINE Sums<R> scores() const {
+    Sums<R> x;
+    if constexpr (STEP == W) {
+      for (int r = 0; r < R; ++r) x.row[r] = zero();
+      for (int j = LANE; j < padded; j += W) {
+        const vec k = load(keys + j * W);
+        for (int r = 0; r < R; ++r) x.row[r] = fma(set1(q[r * padded + j]), k, x.row[r]);
+      }
+    } else {
+      x = scores<LANE, STEP * 2>();
+      const Sums<R> y = scores<LANE + STEP, STEP * 2>();
+      for (int r = 0; r < R; ++r) x.row[r] = add(x.row[r], y.row[r]);
+    }
+    return x;
+  }
+};
+
+template <int R>
+void many_scores(const float* keys, int begin, int end, const float* q, int padded, float* scores) {
+  for (int key = begin / W * W; key < end; key += W) {
+    const TransposedKeys<R> block{keys + key * padded, q, padded};
+    const Sums<R> x = block.template scores<0, 1>();
+    for (int r = 0; r < R; ++r) store(scores + r * kTile + key, x.row[r]);
+  }
+}
+
+template <int R, int V>
+CHANDRA_INLINE void many_values_at(const float* values, int begin, int end, const float* weights, int padded, float* out) {
+  vec sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < V; ++i) sum[r][i] = zero();
+  for (int key = begin; key < end; ++key) {
+    vec value[V];
+    for (int i = 0; i < V; ++i) value[i] = load(values + key * padded + i * W);
+    for (int r = 0; r < R; ++r) {
+      const vec weight = set1(weights[r * kTile + key]);
+      for (int i = 0; i < V; ++i) sum[r][i] = fma(weight, value[i], sum[r][i]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < V; ++i) store(out + r * padded + i * W, sum[r][i]);
+}
+
+template <int R>
+void many_values(const float* values, int begin, int end, const float* weights, int padded, float* out) {
+  int j = 0;
+  for (; j + 4 <= padded / W; j += 4) many_values_at<R, 4>(values + j * W, begin, end, weights, padded, out + j * W);
+  for (; j < padded / W; ++j) many_values_at<R, 1>(values + j * W, begin, end, weights, padded, out + j * W);
+}
+
+template <KvType T>
+void many(const AttentionCall& call, int64_t sequence, int kv_head, int64_t query, int64_t count) {
+  const AttentionShape& shape = *call.shape;
+  const Pages pages(call, sequence, kv_head);
+  const int d = shape.head_dim, padded = (d + W - 1) / W * W, group = call.group();
+  const int rows = static_cast<int>(count) * group;
+  const int spare = 6;  // rows computed together are a multiple of 4 or 6; the last ones are never read
+  float* q = scratch.floats(static_cast<int64_t>(rows + spare) * (4 * padded + kTile) + (2 * kTile + W) * padded +
+                            (rows + spare) * 8);
+  float* scores = q + (rows + spare) * padded;
+  float* sums = scores + (rows + spare) * kTile;
+  float *split = sums + (rows + spare) * padded, *total = split + (rows + spare) * padded;
+  float *keys = total + (rows + spare) * padded, *values = keys + kTile * padded, *staging = values + kTile * padded;
+  float* state = staging + W * padded;  // Stats of split, total and tile, first and last key
+  Stats* in_split = reinterpret_cast<Stats*>(state);
+  Stats *in_total = in_split + rows + spare, *in_tile = in_total + rows + spare;
+
+  int64_t low = INT64_MAX, high = 0;
+  for (int r = 0; r < rows; ++r) {
+    const Query x = query_of(call, sequence, kv_head, query * group + r);
+    copy_query(shape, x.q, padded, q + r * padded);
+    low = min_of(low, x.first);
+    high = max_of(high, x.position + 1);
+    in_split[r] = in_total[r] = {};
+  }
+  std::memset(q + rows * padded, 0, static_cast<size_t>(spare * padded) * sizeof(float));
+  std::memset(scores + rows * kTile, 0, static_cast<size_t>(spare * kTile) * sizeof(float));
+  for (int64_t tile = low / kTile * kTile; tile < high; tile += kTile) {
+    const int64_t begin = max_of(low, tile), end = min_of(high, tile + kTile);
+    const int from = static_cast<int>(begin - tile), to = static_cast<int>(end - tile);
+    unpack_tile<T>(pages, tile, begin, end, d, padded, keys, values, staging);
+    for (int r = 0; r < rows; r += 4) many_scores<4>(keys, from, to, q + r * padded, padded, scores + r * kTile);
+    for (int r = 0; r < rows; ++r) {
+      const Query x = query_of(call, sequence, kv_head, query * group + r);
+      const int64_t first = max_of(x.first - tile, 0), last = min_of(x.position + 1 - tile, kTile);
+      in_tile[r] = softmax_tile(scores + r * kTile, static_cast<int>(min_of(first, kTile)),
+                                static_cast<int>(max_of(last, 0)), shape.softcap);
+    }
+    for (int r = 0; r < rows; r += 6)
+      many_values<6>(values, from, to, scores + r * kTile, padded, sums + r * padded);
+    const bool split_ends = (tile + kTile) % kSplit == 0 || tile + kTile >= high;
+    for (int r = 0; r < rows; ++r) {
+      fold(split + r * padded, in_split[r], sums + r * padded, in_tile[r], padded);
+      if (!split_ends) continue;
+      fold(total + r * padded, in_total[r], split + r * padded, in_split[r], padded);
+      in_split[r] = {};
+    }
+  }
+  for (int r = 0; r < rows; ++r)
+    finish(total + r * padded, in_total[r], d, query_of(call, sequence, kv_head, query * group + r).out);
+}
+
+// ---- by cache type
+
+template <class F>
+CHANDRA_INLINE void with_type(KvType type, F&& f) {
+  switch (type) {
+    case KvType::f32: return f(std::integral_constant<KvType, KvType::f32>());
+    case KvType::f16: return f(std::integral_constant<KvType, KvType::f16>());
+    case KvType::bf16: return f(std::integral_constant<KvType, KvType::bf16>());
+    case KvType::q8_0: return f(std::integral_constant<KvType, KvType::q8_0>());
+    case KvType::q4_0: return f(std::integral_constant<KvType, KvType::q4_0>());
+  }
+}
+
+void any_few(const AttentionCall& call, int64_t sequence, int kv_head, int64_t begin, int64_t end, float* partials) {
+  with_type(call.cache.type, [&](auto type) {
+    few<decltype(type)::value>(call, sequence, kv_head, begin, end, partials);
+  });
+}
+
+void any_many(const AttentionCall& call, int64_t sequence, int kv_head, int64_t query, int64_t count) {
+  with_type(call.cache.type,
+            [&](auto type) { many<decltype(type)::value>(call, sequence, kv_head, query, count); });
+}
+
+}  // namespace
+
+#define CHANDRA_CONCAT_(a, b) a##b
+#define CHANDRA_CONCAT(a, b) CHANDRA_CONCAT_(a, b)
+const AttentionKernels CHANDRA_CONCAT(attention_, CHANDRA_ISA) = {W, prepare, any_few, any_many, merge};
+
+}  // namespace chandra
