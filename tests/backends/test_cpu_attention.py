@@ -12,6 +12,7 @@ from attention_reference import Case, random_case, reference
 
 from chandra.backends.cpu import _cpu
 from chandra.backends.cpu.backend import CpuBackend
+from chandra.errors import UsageError
 from chandra.memory.device import Device
 from chandra.ops.contracts import AttentionParams, KVTables, Norm, RopeParams
 
@@ -19,18 +20,13 @@ ISAS = ["portable", "avx2", "avx512"]
 
 
 @pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest) -> Iterator[CpuBackend]:
     try:
-        _cpu.set_isa(request.param)
-    except ValueError:
+        yield CpuBackend(Device("cpu", "cpu", 1 << 30), isa=request.param)
+    except UsageError:
         pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    _cpu.set_isa("auto")
-
-
-@pytest.fixture
-def backend() -> CpuBackend:
-    return CpuBackend(Device("cpu", "cpu", 1 << 30))
+    finally:
+        _cpu.set_isa("auto")
 
 
 def run(backend: CpuBackend, case: Case, parts: list[tuple[int, int, int]]) -> Any:
@@ -55,7 +51,7 @@ def norm(rng: np.random.Generator, width: int, kind: Any = "rms") -> Norm:
 
 @pytest.mark.parametrize("d", [32, 40, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 3, 8])
-def test_prefill_chunks_and_decode_match_float64(isa: str, backend: CpuBackend, d: int, group: int) -> None:
+def test_prefill_chunks_and_decode_match_float64(backend: CpuBackend, d: int, group: int) -> None:
     rng = np.random.default_rng(d + group)
     case = random_case(rng, params(2 * group, 2, d, rope=rope(d)), [1, 37, 150, 300])
     wanted = [reference(case, s) for s in range(4)]
@@ -78,7 +74,7 @@ def test_prefill_chunks_and_decode_match_float64(isa: str, backend: CpuBackend, 
         {"rope": rope(24, interleaved=True, scale=0.7)},
     ],
 )
-def test_windows_caps_and_rope_forms(isa: str, backend: CpuBackend, more: dict[str, Any]) -> None:
+def test_windows_caps_and_rope_forms(backend: CpuBackend, more: dict[str, Any]) -> None:
     rng = np.random.default_rng(5)
     case = random_case(rng, params(6, 2, 64, **more), [400, 290])
     wanted = [reference(case, s) for s in range(2)]
@@ -91,7 +87,7 @@ def test_windows_caps_and_rope_forms(isa: str, backend: CpuBackend, more: dict[s
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("whole", [False, True])
-def test_head_norms(isa: str, backend: CpuBackend, kind: str, whole: bool) -> None:
+def test_head_norms(backend: CpuBackend, kind: str, whole: bool) -> None:
     rng = np.random.default_rng(6)
     d, heads, kv_heads = 40, 4, 2
     widths = (heads * d, kv_heads * d) if whole else (d, d)
@@ -101,9 +97,11 @@ def test_head_norms(isa: str, backend: CpuBackend, kind: str, whole: bool) -> No
     np.testing.assert_allclose(run(backend, case, [(0, 0, 50)]), reference(case, 0), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kv_type", "bound"), [("f32", 4e-6), ("f16", 2e-3), ("bf16", 1.5e-2), ("q8_0", 2.5e-2), ("q4_0", 0.35)])
+@pytest.mark.parametrize(
+    ("kv_type", "bound"), [("f32", 4e-6), ("f16", 2e-3), ("bf16", 1.5e-2), ("q8_0", 2.5e-2), ("q4_0", 0.35)]
+)
 @pytest.mark.parametrize("d", [64, 96])
-def test_cache_types_stay_within_their_error(isa: str, backend: CpuBackend, kv_type: str, bound: float, d: int) -> None:
+def test_cache_types_stay_within_their_error(backend: CpuBackend, kv_type: str, bound: float, d: int) -> None:
     rng = np.random.default_rng(7)
     case = random_case(rng, params(6, 2, d, rope=rope(d)), [260, 40], kv_type)
     wanted = [reference(case, s) for s in range(2)]
@@ -112,7 +110,7 @@ def test_cache_types_stay_within_their_error(isa: str, backend: CpuBackend, kv_t
     np.testing.assert_allclose(got, np.concatenate([wanted[0][259:], wanted[1]]), rtol=0, atol=bound)
 
 
-def test_long_context(isa: str, backend: CpuBackend) -> None:
+def test_long_context(backend: CpuBackend) -> None:
     rng = np.random.default_rng(8)
     case = random_case(rng, params(3, 1, 64, rope=rope(64)), [2600], block_size=32)
     wanted = reference(case, 0)
@@ -121,7 +119,7 @@ def test_long_context(isa: str, backend: CpuBackend) -> None:
 
 
 @pytest.mark.parametrize("block_size", [5, 8, 16, 64])
-def test_any_block_size(isa: str, backend: CpuBackend, block_size: int) -> None:
+def test_any_block_size(backend: CpuBackend, block_size: int) -> None:
     case = random_case(np.random.default_rng(9), params(4, 2, 32), [150], block_size=block_size)
     wanted = reference(case, 0)
     np.testing.assert_allclose(run(backend, case, [(0, 0, 149)]), wanted[:149], rtol=0, atol=4e-6)
@@ -130,9 +128,7 @@ def test_any_block_size(isa: str, backend: CpuBackend, block_size: int) -> None:
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 @pytest.mark.parametrize(("heads", "d", "window"), [(3, 64, None), (1, 128, 200), (8, 32, None), (4, 256, 1100)])
-def test_company_changes_no_bit(
-    isa: str, backend: CpuBackend, kv_type: str, heads: int, d: int, window: int | None
-) -> None:
+def test_company_changes_no_bit(backend: CpuBackend, kv_type: str, heads: int, d: int, window: int | None) -> None:
     rng = np.random.default_rng(10)
     case = random_case(rng, params(2 * heads, 2, d, rope=rope(d), window=window), [1300, 90, 700], kv_type)
     whole = run(backend, case, [(0, 0, 1300)])
@@ -149,7 +145,7 @@ def test_company_changes_no_bit(
         _cpu.set_threads(0)
 
 
-def test_far_positions_are_exact(isa: str, backend: CpuBackend) -> None:
+def test_far_positions_are_exact(backend: CpuBackend) -> None:
     """Only the difference of positions counts: a million tokens further on, the same scores."""
     d, far = 64, 1_000_000
     case = random_case(np.random.default_rng(11), params(2, 2, d, rope=rope(d)), [20])

@@ -18,6 +18,7 @@ NB_MODULE(_cpu, m) {
   m.def("set_isa", &chandra::set_isa, nb::arg("name"),
         "Use these instructions: auto, portable, avx2 or avx512. Raises ValueError if this CPU lacks them.");
   m.def("isa", [] { return chandra::isa_name(chandra::current_isa()); }, "The instruction set in use.");
+  m.def("best_isa", [] { return chandra::isa_name(chandra::best_isa()); }, "The best instruction set of this CPU.");
   m.def("threads", [] { return chandra::Pool::shared().size(); }, "Threads of the pool, the caller included.");
   chandra::register_attention(m);
 }
