@@ -1,0 +1,285 @@
+"""The Python face of Chandra: `LLM(...).generate`, `chat` and `stream`, with names as vLLM's users know them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from chandra.config import SamplingParams, Settings
+from chandra.engine import Engine, Output, TokenLogprobs
+from chandra.errors import ChandraError, RequestError
+from chandra.memory.plan import Plan
+from chandra.planner import PlanRequest
+from chandra.runtime import MemoryRow, Progress, Runtime, load
+from chandra.text import StopMatcher, StreamDetokenizer, Tokenizer
+
+DEFAULT_MODEL = "smollm2:135m"
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one answer took. Seconds; `prompt_seconds` runs until the first token is there."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    prompt_seconds: float
+    generated_seconds: float
+    load_seconds: float
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a streamed answer. The last one of each answer has a `finish_reason`, and `stats`."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: str | None = None
+    stats: Stats | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One answer. `stop_reason`: the stop string or token id that ended it."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and its answers."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    stats: Stats | None = None
+
+
+class _Answer:
+    """Text work of one sequence: whole characters, stop strings, and where they cut."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, output: CompletionOutput, continues: bool) -> None:
+        self.output = output
+        self.detokenizer = StreamDetokenizer(tokenizer, params.skip_special_tokens, continues=continues)
+        self.stops = StopMatcher(params.stop)
+        if params.logprobs is not None:
+            output.logprobs, output.cumulative_logprob = [], 0.0
+
+    def take(self, news: Output) -> str:
+        """The text that can go out now. Sets `finish_reason` when the answer is over."""
+        out = self.output
+        out.token_ids += news.token_ids
+        if out.logprobs is not None:
+            out.logprobs += news.logprobs
+            out.cumulative_logprob = sum(entry.logprob for entry in out.logprobs)
+        text, ended_by_token = "", news.finish_reason == "stop"
+        for token_id in news.token_ids[: -1 if ended_by_token else None]:
+            text += self.detokenizer.push(token_id)
+        if news.finish_reason is not None:
+            text += self.detokenizer.finish()
+            out.finish_reason = news.finish_reason
+            out.stop_reason = news.token_ids[-1] if ended_by_token else None
+        emitted, stopped = self.stops.push(text)
+        if stopped:
+            out.finish_reason, out.stop_reason = "stop", self.stops.matched
+        elif news.finish_reason is not None:
+            emitted += self.stops.finish()
+        out.text += emitted
+        return emitted
+
+
+class LLM:
+    """A model in memory, planned to fit. Close it, or use it as a context manager.
+
+    `model`: a name (pulled if the store lacks it) or a path. The keywords are those of `chandra plan`: device, host,
+    disk, budget, ctx, parallel, objective, kv_type, layers, quant, reserve. `progress` is called with (phase, done,
+    total). Raises the errors of `errors.py`: ModelNotFound, DoesNotFit, CheckpointError, …
+
+    One thread at a time computes; several may call.
+    """
+
+    def __init__(self, model: str | Path = DEFAULT_MODEL, *, progress: Progress | None = None, **options: Any) -> None:
+        started = time.monotonic()
+        try:
+            request = PlanRequest(**options)
+        except TypeError as error:
+            known = ", ".join(PlanRequest.__dataclass_fields__)
+            raise RequestError(f"LLM: {error}", f"options: {known}") from error
+        self._runtime: Runtime = load(model, request, Settings.from_env(), progress)
+        self.load_seconds = time.monotonic() - started
+        self._lock = threading.Lock()
+
+    @property
+    def plan(self) -> Plan:
+        return self._runtime.plan
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._runtime.tokenizer
+
+    @property
+    def engine(self) -> Engine:
+        return self._runtime.engine
+
+    @property
+    def name(self) -> str:
+        return self._runtime.name
+
+    @property
+    def runtime(self) -> Runtime:
+        return self._runtime
+
+    def memory(self) -> tuple[MemoryRow, ...]:
+        """Predicted against actual bytes, per device and kind, with high-water marks."""
+        return self._runtime.memory()
+
+    def close(self) -> None:
+        self._runtime.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue each prompt (a text, or token ids). Raises RequestError, and ContextOverflow for one too long."""
+        listed = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else prompts
+        texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
+        ids = [self._ids(prompt) for prompt in listed]  # type: ignore[arg-type]
+        return self._complete(texts, ids, sampling_params, continues=True)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of several. A message is {"role": …, "content": …}."""
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Sequence[Sequence[Message]] = [messages] if single else messages  # type: ignore[list-item, assignment]
+        texts = [self.render(conversation) for conversation in conversations]
+        ids = [self.tokenizer.encode_chat(text) for text in texts]
+        return self._complete(texts, ids, sampling_params, continues=False)
+
+    def stream(
+        self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> Iterator[Chunk]:
+        """Generate piece by piece, for a prompt or (a list of messages) a conversation. Dropping the iterator ends
+        the request."""
+        params = sampling_params or SamplingParams()
+        if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+            ids, continues = self.tokenizer.encode_chat(self.render(prompt)), False  # type: ignore[arg-type]
+        else:
+            ids, continues = self._ids(prompt), True  # type: ignore[arg-type]
+        with self._lock:
+            yield from self._stream(ids, params, continues)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt text of a conversation. Raises TemplateError."""
+        return self._runtime.template.render(messages)
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _stream(self, ids: list[int], params: SamplingParams, continues: bool) -> Iterator[Chunk]:
+        started = time.monotonic()
+        first = 0.0
+        seq_ids = self.engine.add(ids, params)
+        answers = {s: self._answer(i, params, continues) for i, s in enumerate(seq_ids)}
+        try:
+            while answers:
+                for news in self.engine.step():
+                    answer = answers[news.seq_id]
+                    text = self._take(answer, news)
+                    out = answer.output
+                    first = first or time.monotonic()
+                    stats = None
+                    if out.finish_reason is not None:
+                        del answers[news.seq_id]
+                        stats = self._stats(len(ids), len(out.token_ids), started, first)
+                    yield Chunk(out.index, text, news.token_ids, news.logprobs, out.finish_reason, stats)
+        finally:
+            for seq_id in answers:
+                self.engine.abort(seq_id)
+
+    def _complete(
+        self,
+        texts: Sequence[str | None],
+        prompts: Sequence[list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        continues: bool,
+    ) -> list[RequestOutput]:
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts with {len(sampling_params)} sampling_params")
+        results: list[RequestOutput] = []
+        answers: dict[int, tuple[RequestOutput, _Answer]] = {}
+        with self._lock:
+            started = time.monotonic()
+            try:
+                for text, ids, params in zip(texts, prompts, sampling_params, strict=True):
+                    result = RequestOutput(text, ids, [])
+                    results.append(result)
+                    for index, seq_id in enumerate(self.engine.add(ids, params)):
+                        answer = self._answer(index, params, continues)
+                        result.outputs.append(answer.output)
+                        answers[seq_id] = (result, answer)
+                while answers:
+                    for news in self.engine.step():
+                        result, answer = answers[news.seq_id]
+                        self._take(answer, news)
+                        if news.prompt_logprobs is not None:
+                            result.prompt_logprobs = list(news.prompt_logprobs)
+                        if result.stats is None or answer.output.finish_reason is not None:
+                            result.stats = self._progress(result, started)
+                        if answer.output.finish_reason is not None:
+                            del answers[news.seq_id]
+            finally:
+                for seq_id in answers:
+                    self.engine.abort(seq_id)
+        return results
+
+    def _answer(self, index: int, params: SamplingParams, continues: bool) -> _Answer:
+        return _Answer(self.tokenizer, params, CompletionOutput(index), continues)
+
+    def _take(self, answer: _Answer, news: Output) -> str:
+        """Raises the error of a sequence that failed; ends one that a stop string has cut."""
+        if news.error is not None:
+            raise news.error
+        text = answer.take(news)
+        if answer.output.finish_reason is not None and news.finish_reason is None:
+            self.engine.finish(news.seq_id)
+        return text
+
+    def _progress(self, result: RequestOutput, started: float) -> Stats:
+        """The first call notes when the first token came; later ones how long it went on."""
+        first = started + result.stats.prompt_seconds if result.stats else time.monotonic()
+        generated = sum(len(output.token_ids) for output in result.outputs)
+        return self._stats(len(result.prompt_token_ids), generated, started, first)
+
+    def _stats(self, prompt_tokens: int, generated: int, started: float, first: float) -> Stats:
+        return Stats(prompt_tokens, generated, first - started, time.monotonic() - first, self.load_seconds)
+
+
+__all__ = ["DEFAULT_MODEL", "LLM", "ChandraError", "Chunk", "CompletionOutput", "RequestOutput", "Stats"]
