@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from chandra.config import Settings
-from chandra.store import Store
-
 
 @pytest.fixture(scope="session")
 def model_file() -> Callable[[str], Path]:
     """Path of a catalog model's file; the first use on a machine downloads it."""
+    from chandra.config import Settings
+    from chandra.store import Store
+
     home = os.environ.get("CHANDRA_TEST_HOME")
     store = Store(Path(home) if home else Settings.from_env().home)
 
