@@ -33,9 +33,10 @@ def fit_affine(values: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tens
         q1, q2, xq = wq.sum(1, keepdim=True), (wq * q).sum(1, keepdim=True), (weighted * q).sum(1, keepdim=True)
         determinant = w * q2 - q1 * q1
         base = torch.minimum((q2 * x - q1 * xq) / determinant, -low)
+        base = torch.where(determinant > 1e-6 * w * q2, base, 0.0)  # all q are equal
         slope = (xq - base * q1) / q2
         gain = slope * (2 * xq - slope * q2) + base * (2 * x - base * w - 2 * slope * q1)  # what the error falls by
-        better = (determinant > 0) & (slope > 0) & (gain > best)
+        better = (slope > 0) & (gain > best)
         scale, offset = torch.where(better, slope, scale), torch.where(better, -low - base, offset)
         best = torch.where(better, gain, best)
     return scale, offset
