@@ -1,0 +1,131 @@
+"""One process of `compare_cpu.py`: loads a model in one engine, runs the tasks given on stdin, prints JSON lines.
+
+    python cpu_worker.py chandra|llama.cpp < task.json
+
+A task is {path, ctx, threads, sequences, runs: [[name, prompt_len, sequences, tokens], …]}.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+Times = tuple[float, float]  # seconds to read all prompts, seconds to generate after that
+
+
+class Chandra:
+    """Through the library, greedy, as a user would run it."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        from chandra import LLM
+
+        self.llm = LLM(task["path"], ctx=task["ctx"], parallel=task["sequences"], kv_type="f16", chunk=512)
+        self.vocab = self.llm.runtime.spec.vocab_size
+
+    def run(self, prompts: list[list[int]], tokens: int) -> Times:
+        from chandra import SamplingParams
+
+        engine = self.llm.engine
+        params = SamplingParams(temperature=0, max_tokens=tokens + 1, ignore_eos=True)
+        started = time.perf_counter()
+        waiting = {engine.add(prompt, params)[0] for prompt in prompts}
+        early = 0  # tokens that came while other prompts were still being read
+        while waiting:
+            for output in engine.step():
+                early += len(output.token_ids)
+                waiting.discard(output.seq_id)
+        first = time.perf_counter()
+        while engine.has_work():
+            engine.step()
+        rest = len(prompts) * (tokens + 1) - early
+        return first - started, (time.perf_counter() - first) * len(prompts) * tokens / max(rest, 1)
+
+
+class LlamaCpp:
+    """Through the C API of llama-cpp-python, greedy, one batch for all sequences."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        import llama_cpp
+
+        self.lib = llama_cpp
+        llama_cpp.llama_log_set(_quiet(llama_cpp), None)
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(
+            task["path"].encode(), llama_cpp.llama_model_default_params()
+        )
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = task["ctx"] * task["sequences"]
+        params.n_batch, params.n_ubatch = 2048, 512
+        params.n_seq_max = task["sequences"]
+        params.n_threads = params.n_threads_batch = task["threads"]
+        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.batch = llama_cpp.llama_batch_init(2048, 0, task["sequences"])
+
+    def run(self, prompts: list[list[int]], tokens: int) -> Times:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        started = time.perf_counter()
+        last = []
+        for seq, prompt in enumerate(prompts):
+            for at in range(0, len(prompt), 512):
+                piece = prompt[at : at + 512]
+                final = at + 512 >= len(prompt)
+                rows = [(t, at + i, seq, final and i == len(piece) - 1) for i, t in enumerate(piece)]
+                self._decode(rows)
+            last.append(self._best(len(piece) - 1))
+        first = time.perf_counter()
+        for step in range(tokens):
+            self._decode([(t, len(prompts[s]) + step, s, True) for s, t in enumerate(last)])
+            last = [self._best(i) for i in range(len(prompts))]
+        return first - started, time.perf_counter() - first
+
+    def _decode(self, rows: list[tuple[int, int, int, bool]]) -> None:
+        b = self.batch
+        b.n_tokens = len(rows)
+        for i, (token, position, seq, wanted) in enumerate(rows):
+            b.token[i], b.pos[i], b.n_seq_id[i], b.logits[i] = token, position, 1, wanted
+            b.seq_id[i][0] = seq
+        if self.lib.llama_decode(self.context, b):
+            raise RuntimeError("llama_decode failed")
+
+    def _best(self, row: int) -> int:
+        import numpy as np
+
+        return int(np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, row), (self.vocab,)).argmax())
+
+
+def _quiet(llama_cpp: Any) -> Any:
+    global keep  # the callback must outlive the call
+    keep = llama_cpp.llama_log_callback(lambda *_: None)
+    return keep
+
+
+def peak_bytes() -> int:
+    """Highest resident memory of this process so far."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+
+
+def main() -> None:
+    task = json.load(sys.stdin)
+    started = time.perf_counter()
+    engine: Any = (Chandra if sys.argv[1] == "chandra" else LlamaCpp)(task)
+    engine.run([[1, 2, 3, 4]], 0)
+    print(json.dumps({"load": {"seconds": time.perf_counter() - started}}), flush=True)
+    for name, prompt_len, sequences, tokens in task["runs"]:
+        draw = random.Random(prompt_len + sequences)
+        prompts = [[draw.randrange(10, engine.vocab - 300) for _ in range(prompt_len)] for _ in range(sequences)]
+        prefill, decode = engine.run(prompts, tokens)
+        result = {"prefill": sequences * prompt_len / prefill}
+        if tokens:
+            result["decode"] = sequences * tokens / decode
+        print(json.dumps({name: result}), flush=True)
+    print(json.dumps({"memory": {"peak": peak_bytes()}}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
