@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +15,14 @@ from numpy.typing import NDArray
 
 from chandra.errors import TokenizerError
 from chandra.text.bpe import SPACE, Encoder, byte_alphabet
-from chandra.text.vocabulary import Vocabulary
+from chandra.text.vocabulary import Vocabulary, WrittenTokens, utf8
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as JsonModel
 
 # Token types of GGUF and of SentencePiece's model file alike.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+_WRITTEN = (UNKNOWN, CONTROL, USER_DEFINED)  # matched in text as they are written
 
 END_TOKENS = frozenset(
     """<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>
@@ -34,11 +34,11 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BYTES = {char: byte for byte, char in byte_alphabet().items()}
 
 
-def token_bytes_of(text: str, byte_level: bool) -> bytes:
+def bytes_of(text: str, byte_level: bool) -> bytes:
     """The bytes an ordinary token stands for, written in GPT-2's byte alphabet or as SentencePiece writes it."""
     if byte_level:
         return b"".join(bytes([_BYTES[ord(c)]]) if ord(c) in _BYTES else c.encode("utf-8", "replace") for c in text)
-    return text.replace(SPACE, " ").encode("utf-8", "surrogateescape")
+    return utf8(text.replace(SPACE, " "))
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,23 @@ class Tokenizer(ABC):
     `space_prefix`: the text's form in tokens begins with a space that decoding drops again.
     """
 
-    _control_tokens: Sequence[str]
-
-    def __init__(self, special: SpecialTokens, chat_template: str | None, space_prefix: bool) -> None:
+    def __init__(
+        self, special: SpecialTokens, control: WrittenTokens, chat_template: str | None, space_prefix: bool
+    ) -> None:
         self.bos_id, self.eos_id, self.eos_ids = special.bos_id, special.eos_id, special.eos_ids
-        self.add_bos, self.add_eos = special.add_bos, special.add_eos
+        self._opening = [special.bos_id] if special.add_bos and special.bos_id is not None else []
+        self._closing = [special.eos_id] if special.add_eos and special.eos_id is not None else []
+        self._control = control
         self.chat_template = chat_template
         self.space_prefix = space_prefix
+
+    @property
+    def add_bos(self) -> bool:
+        return bool(self._opening)
+
+    @property
+    def add_eos(self) -> bool:
+        return bool(self._closing)
 
     @property
     @abstractmethod
@@ -79,16 +89,14 @@ class Tokenizer(ABC):
         """Ids of a rendered chat template: its control tokens parsed, BOS in front if the model wants it and the
         template has not written it."""
         ids = self.encode(prompt, add_special=False, parse_special=True)
-        missing = self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]
-        return [self.bos_id, *ids] if missing and self.bos_id is not None else ids
+        return ids if ids[:1] == self._opening else self._opening + ids
 
     def quote(self, text: str) -> str:
         """The text with a mark inside each control token it spells out; `encode` drops the marks after it has looked
         for control tokens, so that a user's "<|im_start|>" stays text in a prompt whose own ones are parsed."""
         text = text.replace(MARK, "")
-        for token in self._control_tokens:
-            if token in text:
-                text = text.replace(token, token[:1] + MARK + token[1:])
+        for token, _ in self._control.within(text):
+            text = text.replace(token, token[:1] + MARK + token[1:])
         return text
 
     @abstractmethod
@@ -105,7 +113,8 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def token_bytes(self, id: int) -> bytes:
-        """The UTF-8 bytes the token adds to the text; a control token gives its name. May end within a character."""
+        """The UTF-8 bytes the token adds to the text; a control token gives its name, an id without a
+        token (a padding row of the embedding) nothing. May end within a character."""
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = True, continues: bool = False) -> bytes:
         """The bytes of a text. `continues`: it continues another one, so a leading space stays."""
@@ -124,13 +133,6 @@ class Tokenizer(ABC):
                 f"the tokenizer has {self.vocab_size} tokens, the embedding only {rows} rows",
                 "The tokenizer belongs to another model; fetch the model again.",
             )
-
-    def _check_id(self, id: int) -> int:
-        if not 0 <= id < self.vocab_size:
-            raise TokenizerError(
-                f"token id {id} is not in 0..{self.vocab_size - 1}", "Use ids of this model's tokenizer."
-            )
-        return id
 
 
 class PieceTokenizer(Tokenizer):
@@ -151,63 +153,65 @@ class PieceTokenizer(Tokenizer):
         space_prefix: bool = False,
         strip_after_special: bool = False,
     ) -> None:
-        super().__init__(special, chat_template, space_prefix)
+        named = [
+            (vocab[id], id, types[id]) for id in np.flatnonzero(np.isin(types, _WRITTEN)).tolist() if vocab.raw(id)
+        ]
+        control = WrittenTokens((token, id) for token, id, kind in named if kind != USER_DEFINED)
+        super().__init__(special, control, chat_template, space_prefix)
+        self._always = WrittenTokens((token, id) for token, id, kind in named if kind == USER_DEFINED)
         self._vocab, self._types, self._encoder = vocab, types, encoder
         self._byte_level, self._strip = byte_level, strip_after_special
-        ids = np.flatnonzero((types == CONTROL) | (types == USER_DEFINED) | (types == UNKNOWN))
-        named = [(vocab[id], id) for id in map(int, ids) if vocab[id]]
-        self._written = sorted(named, key=lambda item: -len(item[0].encode("utf-8", "replace")))  # longest first
-        self._control_tokens = [token for token, id in self._written if types[id] != USER_DEFINED]
 
     @property
     def vocab_size(self) -> int:
         return len(self._vocab)
 
     def token(self, id: int) -> str:
-        return self._vocab[self._check_id(id)]
+        return self._vocab[id] if 0 <= id < len(self._vocab) else ""
 
     def find(self, token: str) -> int | None:
         return self._vocab.find(token)
 
     def is_special(self, id: int) -> bool:
-        return int(self._types[self._check_id(id)]) in (CONTROL, UNKNOWN)
+        return 0 <= id < len(self._vocab) and int(self._types[id]) in (CONTROL, UNKNOWN)
 
     def token_bytes(self, id: int) -> bytes:
-        text, kind = self.token(id), self._types[id]
+        if not (text := self.token(id)):
+            return b""
+        kind = int(self._types[id])
         if kind == NORMAL:
-            return token_bytes_of(text, self._byte_level)
+            return bytes_of(text, self._byte_level)
         if kind == BYTE and (byte := _BYTE_TOKEN.fullmatch(text)):
             return bytes([int(byte[1], 16)])
-        return text.encode("utf-8", "surrogateescape") if kind in (CONTROL, UNKNOWN, USER_DEFINED) else b""
+        return utf8(text) if kind in _WRITTEN else b""
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        ids = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
+        ids = list(self._opening) if add_special else []
         first = True
         for part in self._parts(text.encode("utf-8", "replace").decode(), parse_special):
-            if isinstance(part, int):
-                ids.append(part)
-            else:
-                ids += self._encoder.encode(part, first)
+            ids += [part] if isinstance(part, int) else self._encoder.encode(part, first)
             first = isinstance(part, int)
-        return [*ids, self.eos_id] if add_special and self.add_eos and self.eos_id is not None else ids
+        return ids + self._closing if add_special else ids
 
-    def _parts(self, text: str, parse_special: bool) -> list[str | int]:
-        """The text cut at tokens that are matched before all others: the longest ones first, as llama.cpp does."""
+    def _parts(self, text: str, parse_special: bool) -> Iterator[str | int]:
+        """The text cut at the tokens that are matched before all others: the longest ones first, as llama.cpp does."""
+        written = self._always.within(text) + (self._control.within(text) if parse_special else [])
         parts: list[str | int] = [text]
-        for token, id in self._written:
-            if token in text and (parse_special or self._types[id] == USER_DEFINED):
-                parts = list(chain.from_iterable(self._cut(part, token, id) for part in parts))
-        plain = (part.replace(MARK, "") if isinstance(part, str) else part for part in parts)
-        return [part for part in plain if part != ""]
+        for token, id in sorted(written, key=lambda item: -len(utf8(item[0]))):
+            parts = [piece for part in parts for piece in self._cut(part, token, id)]
+        for part in parts:
+            if (plain := part.replace(MARK, "") if isinstance(part, str) else part) != "":
+                yield plain
 
-    def _cut(self, part: str | int, token: str, id: int) -> Iterable[str | int]:
+    def _cut(self, part: str | int, token: str, id: int) -> Iterator[str | int]:
         if isinstance(part, int):
-            return [part]
+            yield part
+            return
         head, *tail = part.split(token)
-        pieces: list[str | int] = [head]
+        yield head
         for piece in tail:
-            pieces += (id, piece.lstrip() if self._strip else piece)
-        return pieces
+            yield id
+            yield piece.lstrip() if self._strip else piece
 
 
 class JsonTokenizer(Tokenizer):
@@ -222,21 +226,20 @@ class JsonTokenizer(Tokenizer):
         kinds = {step.get("type") for step in steps}
         metaspace = any(step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never" for step in steps)
         stripped = any(step.get("type") == "Strip" and step.get("start") for step in steps)
-        super().__init__(special, chat_template, space_prefix=metaspace or stripped)
+        self._added = model.get_added_tokens_decoder()
+        control = WrittenTokens((token.content, id) for id, token in self._added.items() if token.special)
+        super().__init__(special, control, chat_template, metaspace or stripped)
         self._model, self._lock = model, Lock()
         self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
-        self._added = model.get_added_tokens_decoder()
-        self._control_tokens = [token.content for token in self._added.values() if token.special]
         unmark = Replace(MARK, "")  # normalizing comes after the search for control tokens
         model.normalizer = Normalizers([unmark, model.normalizer] if model.normalizer else [unmark])
-        self._size = model.get_vocab_size()
 
     @property
     def vocab_size(self) -> int:
-        return self._size
+        return self._model.get_vocab_size()
 
     def token(self, id: int) -> str:
-        return self._model.id_to_token(self._check_id(id)) or ""
+        return self._model.id_to_token(id) or "" if id >= 0 else ""
 
     def find(self, token: str) -> int | None:
         return self._model.token_to_id(token)
@@ -250,7 +253,7 @@ class JsonTokenizer(Tokenizer):
             return text.encode("utf-8", "replace")
         if self._byte_fallback and (byte := _BYTE_TOKEN.fullmatch(text)):
             return bytes([int(byte[1], 16)])
-        return token_bytes_of(text, self._byte_level)
+        return bytes_of(text, self._byte_level)
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         text = text.encode("utf-8", "replace").decode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -62,3 +63,17 @@ class Vocabulary:
         wanted = utf8(text)
         id = self._index.find(wanted)
         return id if id is not None and self.raw(id) == wanted else None
+
+
+class WrittenTokens:
+    """Tokens that are looked for in text as they are written, before any encoding. There may be thousands."""
+
+    def __init__(self, tokens: Iterable[tuple[str, int]]) -> None:
+        self._by_start: defaultdict[str, list[tuple[str, int]]] = defaultdict(list)
+        for token, id in tokens:
+            self._by_start[token[:4]].append((token, id))
+
+    def within(self, text: str) -> list[tuple[str, int]]:
+        """Those that occur in the text."""
+        near = (tokens for start, tokens in self._by_start.items() if start in text)
+        return [(token, id) for tokens in near for token, id in tokens if token in text]
