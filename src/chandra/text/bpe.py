@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from chandra.errors import TokenizerError
 from chandra.text.vocabulary import StringIndex, Vocabulary, utf8
 
 SPACE = "▁"  # how SentencePiece writes a space
@@ -23,7 +24,7 @@ Rank = Callable[[str, str], float | None]
 
 
 class Encoder(Protocol):
-    """Turns text without special tokens into ids. `first`: it opens the text or follows a special token."""
+    """Turns text without special tokens into ids. `first`: a model that puts a space in front of its text does so."""
 
     def encode(self, text: str, first: bool) -> Iterable[int]: ...
 
@@ -35,21 +36,19 @@ def byte_alphabet() -> dict[int, int]:
     return {byte: byte for byte in printable} | {byte: 256 + i for i, byte in enumerate(others)}
 
 
-def preparation(add_space: bool, charsmap: bytes = b"", squeeze: bool = False) -> Callable[[str, bool], str]:
-    """SentencePiece's normalization: the model's character map, runs of spaces made one, a space in front of text that
-    comes first, and spaces written as U+2581."""
-    normalize = None
-    if charsmap:
-        from tokenizers.normalizers import Precompiled  # here: most models have no map and do without the library
+def normalizer(charsmap: bytes, squeeze: bool) -> Callable[[str], str] | None:
+    """SentencePiece's normalization of a whole text: the model's character map, and runs of spaces made one."""
+    if not charsmap and not squeeze:
+        return None
+    from tokenizers.normalizers import Precompiled  # here: most models have no map and do without the library
 
-        normalize = Precompiled(charsmap).normalize_str
+    mapped = Precompiled(charsmap).normalize_str if charsmap else str
+    return (lambda text: " ".join(filter(None, mapped(text).split(" ")))) if squeeze else mapped
 
-    def prepare(text: str, first: bool) -> str:
-        text = normalize(text) if normalize else text
-        text = " ".join(filter(None, text.split(" "))) if squeeze else text
-        return (" " + text if text and first and add_space else text).replace(" ", SPACE)
 
-    return prepare
+def spaced(text: str, add_space: bool) -> str:
+    """The text with its spaces as SentencePiece writes them, and one more in front if asked for."""
+    return (" " + text if add_space else text).replace(" ", SPACE)
 
 
 def spelled(text: str, vocab: Vocabulary, unk_id: int | None) -> list[int]:
@@ -114,11 +113,12 @@ class MergeListEncoder(_WordEncoder):
         vocab: Vocabulary,
         merges: Sequence[str],
         split: Callable[[str], Iterable[str]],
-        *,
-        byte_level: bool = True,
-        ignore_merges: bool = False,
+        byte_level: bool,
+        ignore_merges: bool,
     ) -> None:
         super().__init__(vocab)
+        if len(merges) == 0:
+            raise TokenizerError("the tokenizer has no merges", "Fetch the model again, or take another file of it.")
         self._merges = StringIndex(map(utf8, merges))
         self._split = split
         self._alphabet = byte_alphabet() if byte_level else None
@@ -155,19 +155,19 @@ class ScoreEncoder(_WordEncoder):
         scores: NDArray[np.float32],
         mergeable: NDArray[np.bool_],
         unk_id: int | None,
-        prepare: Callable[[str, bool], str],
+        add_space: bool,
     ) -> None:
         super().__init__(vocab)
         self._scores, self._mergeable = scores, mergeable
-        self._unk_id, self._prepare = unk_id, prepare
+        self._unk_id, self._add_space = unk_id, add_space
         # A space opens a word wherever no token holds it after that character: no merge can cross there.
         ids = np.flatnonzero(mergeable).tolist()
-        spaced = [vocab[id] for id in ids if vocab.raw(id).rfind(_SPACE) > 0]
-        bridges = {SPACE, *(before for token in spaced for before, after in pairwise(token) if after == SPACE)}
+        inner = [vocab[id] for id in ids if vocab.raw(id).rfind(_SPACE) > 0]
+        bridges = {SPACE, *(before for token in inner for before, after in pairwise(token) if after == SPACE)}
         self._border = re.compile(f"(?<![{re.escape(''.join(sorted(bridges)))}])(?={SPACE})")
 
     def encode(self, text: str, first: bool) -> Iterable[int]:
-        return self.encode_words(filter(None, self._border.split(self._prepare(text, first))))
+        return self.encode_words(filter(None, self._border.split(spaced(text, first and self._add_space))))
 
     def _find(self, text: str) -> int | None:
         id = self.vocab.find(text)
@@ -183,5 +183,6 @@ class ScoreEncoder(_WordEncoder):
             if (id := self._find(symbol)) is not None:
                 ids.append(id)
             else:
-                ids += spelled(symbol, self.vocab, self._unk_id)
+                unknown = spelled(symbol, self.vocab, self._unk_id)
+                ids += unknown if unknown != ids[-1:] or unknown != [self._unk_id] else []  # one for a run of them
         return tuple(ids)

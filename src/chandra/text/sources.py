@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from chandra.checkpoint.base import Checkpoint
 from chandra.errors import TokenizerError, UnsupportedError
-from chandra.text.bpe import Encoder, MergeListEncoder, ScoreEncoder, preparation
+from chandra.text.bpe import Encoder, MergeListEncoder, ScoreEncoder, normalizer
 from chandra.text.pretokenize import ADD_BOS, IGNORE_MERGES, splitter
 from chandra.text.tokenizer import (
     CONTROL,
@@ -40,7 +40,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
             return from_gguf(checkpoint.metadata)
         folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
         return from_folder(folder)
-    except (KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise TokenizerError(f"the tokenizer is damaged: {error!r}", _FETCH) from error
 
 
@@ -63,49 +63,36 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     def key(name: str, default: Any = None) -> Any:
         return metadata.get(f"tokenizer.ggml.{name}", default)
 
-    kind, tokens = key("model"), key("tokens")
-    if kind is None or tokens is None or len(tokens) == 0:
-        raise TokenizerError("the file has no tokenizer", _FETCH)
-    vocab = Vocabulary(tokens)
-    size = len(vocab)
-    types = np.array(_column(key("token_type"), size, NORMAL), dtype=np.int8)
-    pre = key("pre", "default") if kind == "gpt2" else kind
-    scored = kind in ("llama", "t5")
-    add_space = bool(key("add_space_prefix", scored))
-
-    def special_id(name: str, default: int | None) -> int | None:
+    def role(name: str, default: int | None = None) -> int | None:
         id = key(f"{name}_token_id", default)
-        return None if id is None or not 0 <= int(id) < size else int(id)
+        return None if id is None or not 0 <= int(id) < len(vocab) else int(id)
 
-    unk_id = special_id("unknown", 0 if kind == "llama" else None)
-    bos_id = special_id("bos", {"llama": 1, "gpt2": 11}.get(kind))
-    eos_id = special_id("eos", {"llama": 2, "gpt2": 11, "t5": 1}.get(kind))
-    encoder: Encoder
-    if kind in ("gpt2", "gemma4"):
-        if key("merges") is None:
-            raise TokenizerError("the file's tokenizer has no merges", _FETCH)
-        encoder = MergeListEncoder(
-            vocab, key("merges"), splitter(pre), byte_level=kind == "gpt2", ignore_merges=pre in IGNORE_MERGES
-        )
-    elif scored:
-        scores = np.array(_column(key("scores"), size, 0.0), dtype=np.float32)
-        charsmap = np.asarray(key("precompiled_charsmap", [])).astype(np.uint8).tobytes()
-        prepare = preparation(add_space, charsmap, bool(key("remove_extra_whitespaces", False)))
-        if kind == "llama":
-            encoder = ScoreEncoder(
-                vocab, scores, np.isin(types, (NORMAL, USER_DEFINED)), unk_id, preparation(add_space)
-            )
-        else:
-            encoder = UnigramEncoder(vocab, scores, types == NORMAL, unk_id or 0, prepare)
-    else:
-        raise UnsupportedError(f"a tokenizer of kind {kind!r}", "Chandra reads gpt2, llama, t5 and gemma4 tokenizers.")
+    kind = key("model")
+    if kind is None or not len(key("tokens", ())):
+        raise TokenizerError("the file has no tokenizer", _FETCH)
+    vocab = Vocabulary(key("tokens"))
+    types = np.array(_column(key("token_type"), len(vocab), NORMAL), dtype=np.int8)
+    pre = key("pre", "default") if kind == "gpt2" else kind
+    bos_id = role("bos", {"llama": 1, "gpt2": 11}.get(kind))
+    eos_id = role("eos", {"llama": 2, "gpt2": 11, "t5": 1}.get(kind))
     special = SpecialTokens(
         bos_id,
         eos_id,
-        end_ids(vocab, types, (eos_id, special_id("eot", None), special_id("eom", None))),
+        end_ids(vocab, types, (eos_id, role("eot"), role("eom"))),
         bool(key("add_bos_token", kind == "llama" or pre in ADD_BOS)),
         bool(key("add_eos_token", kind == "t5")),
     )
+    add_space = bool(key("add_space_prefix", kind in ("llama", "t5")))
+    encoder: Encoder
+    if kind in ("llama", "t5"):
+        scores = np.array(_column(key("scores"), len(vocab), 0.0), dtype=np.float32)
+        encoder = scored_encoder(kind == "t5", vocab, scores, types, role("unknown", 0), add_space)
+    elif kind in ("gpt2", "gemma4"):
+        merges = key("merges", ())
+        encoder = MergeListEncoder(vocab, merges, splitter(pre), kind == "gpt2", pre in IGNORE_MERGES)
+    else:
+        raise UnsupportedError(f"a tokenizer of kind {kind!r}", "Chandra reads gpt2, llama, t5 and gemma4 tokenizers.")
+    charsmap = np.asarray(key("precompiled_charsmap", ())).astype(np.uint8).tobytes()
     return PieceTokenizer(
         vocab,
         types,
@@ -114,6 +101,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         chat_template=metadata.get("tokenizer.chat_template"),
         byte_level=kind == "gpt2",
         space_prefix=add_space,
+        normalize=normalizer(charsmap, bool(key("remove_extra_whitespaces", False))) if kind == "t5" else None,
         strip_after_special="phi3" in str(metadata.get("general.name", "")).lower().replace("-", ""),
     )
 
@@ -124,12 +112,14 @@ def scored_encoder(
     scores: NDArray[np.float32],
     types: NDArray[np.int8],
     unk_id: int | None,
-    prepare: Callable[[str, bool], str],
+    add_space: bool,
 ) -> Encoder:
     """SentencePiece's two models. Control, byte and unused tokens are never formed from text."""
+    if unk_id is not None and not 0 <= unk_id < len(vocab):
+        raise ValueError(f"the unknown token {unk_id} of {len(vocab)}")
     if unigram:
-        return UnigramEncoder(vocab, scores, types == NORMAL, unk_id or 0, prepare)
-    return ScoreEncoder(vocab, scores, np.isin(types, (NORMAL, USER_DEFINED)), unk_id, prepare)
+        return UnigramEncoder(vocab, scores, types == NORMAL, unk_id or 0, add_space)
+    return ScoreEncoder(vocab, scores, np.isin(types, (NORMAL, USER_DEFINED)), unk_id, add_space)
 
 
 def _column(values: Any, size: int, default: float) -> Any:
@@ -234,13 +224,13 @@ def _from_sentencepiece(folder: Path, config: Mapping[str, Any], template: str |
     """https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto"""
     pieces: list[tuple[bytes, float, int]] = []
     trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
+    rules: dict[int, Any] = {}
     for number, value in _fields((folder / "tokenizer.model").read_bytes()):
         if number == 1:
             piece = dict(_fields(value))
             pieces.append((piece[1], struct.unpack("<f", piece.get(2, bytes(4)))[0], piece.get(3, NORMAL)))
         elif number in (2, 3):
-            (trainer if number == 2 else normalizer).update(_fields(value))
+            (trainer if number == 2 else rules).update(_fields(value))
     for token, id in sorted(_read_json(folder / "added_tokens.json").items(), key=lambda item: item[1]):
         if id == len(pieces):
             pieces.append((token.encode(), 0.0, CONTROL))
@@ -248,11 +238,10 @@ def _from_sentencepiece(folder: Path, config: Mapping[str, Any], template: str |
     scores = np.array([score for _, score, _ in pieces], np.float32)
     types = np.array([kind for _, _, kind in pieces], np.int8)
     unk_id, bos_id, eos_id = (trainer.get(field, default) for field, default in ((40, 0), (41, 1), (42, 2)))
-    add_space = bool(normalizer.get(3, 1))
-    prepare = preparation(add_space, normalizer.get(2, b""), bool(normalizer.get(4, 1)))
+    add_space = bool(rules.get(3, 1))
     if trainer.get(3, 1) not in (1, 2):
         raise UnsupportedError("a word or character SentencePiece model", "Chandra reads unigram and BPE models.")
-    encoder = scored_encoder(trainer.get(3, 1) == 1, vocab, scores, types, unk_id, prepare)
+    encoder = scored_encoder(trainer.get(3, 1) == 1, vocab, scores, types, unk_id, add_space)
     bos_id, eos_id = (id if 0 <= id < len(pieces) else None for id in (bos_id, eos_id))
     declared = _roles(folder, config, vocab.find)[2]
     special = SpecialTokens(
@@ -262,4 +251,13 @@ def _from_sentencepiece(folder: Path, config: Mapping[str, Any], template: str |
         bool(config.get("add_bos_token", True)) and bos_id is not None,
         bool(config.get("add_eos_token", False)),
     )
-    return PieceTokenizer(vocab, types, encoder, special, chat_template=template, space_prefix=add_space)
+    return PieceTokenizer(
+        vocab,
+        types,
+        encoder,
+        special,
+        chat_template=template,
+        space_prefix=add_space,
+        normalize=normalizer(rules.get(2, b""), bool(rules.get(4, 1))),
+        space_after_special=False,
+    )

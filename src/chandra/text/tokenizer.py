@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -138,7 +138,9 @@ class Tokenizer(ABC):
 class PieceTokenizer(Tokenizer):
     """A tokenizer read from GGUF metadata or a SentencePiece model. `types`: int8 [vocab].
 
-    `strip_after_special`: spaces after a special token are dropped (Phi-3).
+    `normalize` is applied to the whole text. `space_after_special`: text after a special token has a space put in
+    front like the first one (llama.cpp does, SentencePiece does not). `strip_after_special`: spaces after a special
+    token are dropped (Phi-3).
     """
 
     def __init__(
@@ -151,6 +153,8 @@ class PieceTokenizer(Tokenizer):
         chat_template: str | None = None,
         byte_level: bool = False,
         space_prefix: bool = False,
+        normalize: Callable[[str], str] | None = None,
+        space_after_special: bool = True,
         strip_after_special: bool = False,
     ) -> None:
         named = [
@@ -160,7 +164,8 @@ class PieceTokenizer(Tokenizer):
         super().__init__(special, control, chat_template, space_prefix)
         self._always = WrittenTokens((token, id) for token, id, kind in named if kind == USER_DEFINED)
         self._vocab, self._types, self._encoder = vocab, types, encoder
-        self._byte_level, self._strip = byte_level, strip_after_special
+        self._byte_level, self._normalize = byte_level, normalize
+        self._respace, self._strip = space_after_special, strip_after_special
 
     @property
     def vocab_size(self) -> int:
@@ -187,10 +192,10 @@ class PieceTokenizer(Tokenizer):
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         ids = list(self._opening) if add_special else []
-        first = True
-        for part in self._parts(text.encode("utf-8", "replace").decode(), parse_special):
+        text, first = text.encode("utf-8", "replace").decode(), True
+        for part in self._parts(self._normalize(text) if self._normalize else text, parse_special):
             ids += [part] if isinstance(part, int) else self._encoder.encode(part, first)
-            first = isinstance(part, int)
+            first = self._respace and isinstance(part, int)
         return ids + self._closing if add_special else ids
 
     def _parts(self, text: str, parse_special: bool) -> Iterator[str | int]:
