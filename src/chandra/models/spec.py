@@ -15,7 +15,10 @@ Role = Literal["embedding", "head", "norm", "attention", "mlp", "router", "exper
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary embedding of a layer. `kind` names the scaling; its parameters follow the Hugging Face names."""
+    """Rotary embedding of a layer. `kind` names the scaling; its parameters follow the Hugging Face names.
+
+    `original_max_position` is the context length of pretraining; `attention_factor` multiplies cos and sin.
+    """
 
     theta: float
     rotary_dim: int
@@ -23,11 +26,12 @@ class RopeSpec:
     kind: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = "none"
     factor: float = 1.0
     original_max_position: int | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    attention_factor: float | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
     freq_factors: tuple[float, ...] | None = None  # GGUF rope_freqs.weight: inv_freq is divided by these
@@ -85,7 +89,6 @@ class ModelSpec:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
-    head_bias: bool = False
 
     @property
     def num_layers(self) -> int:

@@ -163,6 +163,10 @@ class Backend(ABC):
     def download(self, array: Array) -> np.ndarray[Any, Any]:
         """A host array with the device's contents."""
 
+    def write(self, host: np.ndarray[Any, Any], out: Array) -> None:
+        """Copy a host array into a device array of the same shape (the hidden state, between devices)."""
+        out[...] = self.upload(host)
+
     @abstractmethod
     def load_weight(self, weight: PackedWeight) -> Weight:
         """Put a weight where this device's kernels want it, repacked if that gains. Raises BudgetExceeded."""

@@ -1,0 +1,214 @@
+"""The one decoder: a stack of layers described by a `ModelSpec`, composed of the ops of `Backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from chandra.memory.ledger import Kind, Ledger, Reservation
+from chandra.models.spec import LayerSpec, ModelSpec
+from chandra.ops.contracts import (
+    Activation,
+    Array,
+    AttentionParams,
+    Backend,
+    Experts,
+    ForwardBatch,
+    KVView,
+    Linear,
+    Norm,
+    Weight,
+)
+
+FLOAT = 4  # bytes of an activation
+
+
+@dataclass(frozen=True)
+class Backends:
+    """Which backend holds what: the embedding, each layer, and the final norm with the head."""
+
+    embedding: Backend
+    layers: tuple[Backend, ...]
+    head: Backend
+
+    @classmethod
+    def all_on(cls, backend: Backend, num_layers: int) -> Backends:
+        return cls(backend, (backend,) * num_layers, backend)
+
+    def distinct(self) -> list[Backend]:
+        """Every backend once, in the order the hidden state visits them."""
+        return list({id(b): b for b in (self.embedding, *self.layers, self.head)}.values())
+
+
+def layer_width(layer: LayerSpec) -> int:
+    """float32 values of scratch that a layer needs per row. q, k, v and the attention's output are dead when the MLP
+    runs, unless both run in parallel."""
+    a, ff = layer.attention, layer.mlp.intermediate_size if not layer.mlp.num_experts else 0
+    attention = 2 * (a.num_heads + a.num_kv_heads) * a.head_dim
+    return attention + ff if layer.parallel else max(attention, ff)
+
+
+def workspace_bytes(spec: ModelSpec, layers: Sequence[int], max_rows: int, max_logit_rows: int = 0) -> int:
+    """Bytes the decoder allocates on a device for these layers, batches of up to `max_rows` tokens and (on the device
+    of the head) `max_logit_rows` rows of logits. Nothing is allocated."""
+    return FLOAT * (max_rows * spec.hidden_size + _scratch_size(spec, layers, max_rows, max_logit_rows))
+
+
+def _scratch_size(spec: ModelSpec, layers: Sequence[int], max_rows: int, max_logit_rows: int) -> int:
+    width = max((layer_width(spec.layers[i]) for i in layers), default=0)
+    return max(max_rows * width, max_logit_rows * spec.vocab_size)
+
+
+class Workspace:
+    """The decoder's buffers on one backend: the hidden state, and scratch that layers and logits use in turn."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        backend: Backend,
+        layers: Sequence[int],
+        max_rows: int,
+        max_logit_rows: int,
+        ledger: Ledger,
+    ) -> None:
+        nbytes = workspace_bytes(spec, layers, max_rows, max_logit_rows)
+        self.reservation: Reservation = ledger.reserve(backend.device.name, Kind.WORKSPACE, nbytes)
+        self.hidden = backend.empty((max_rows, spec.hidden_size), "float32")
+        self._scratch = backend.empty((_scratch_size(spec, layers, max_rows, max_logit_rows),), "float32")
+        self._rows = -1
+        self._views: dict[tuple[tuple[int, int], ...], list[Array]] = {}
+
+    def scratch(self, rows: int, places: tuple[tuple[int, int], ...]) -> list[Array]:
+        """`(rows, width)` arrays at these (offset, width), both in values per row."""
+        if rows != self._rows:
+            self._rows = rows
+            self._views.clear()
+        views = self._views.get(places)
+        if views is None:
+            views = [self._scratch[o * rows : (o + w) * rows].reshape(rows, w) for o, w in places]
+            self._views[places] = views
+        return views
+
+
+@dataclass(frozen=True, eq=False)
+class Mlp:
+    """A dense MLP."""
+
+    gate: Linear | None
+    up: Linear
+    down: Linear
+    activation: Activation
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderLayer:
+    """One layer's weights and the calls that compute it."""
+
+    spec: LayerSpec
+    index: int
+    input_norm: Norm
+    qkv: tuple[Linear, Linear, Linear]
+    attention: AttentionParams
+    out: Linear
+    post_attention_norm: Norm | None
+    mlp_norm: Norm
+    mlp: Mlp | Experts
+    post_mlp_norm: Norm | None
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Where q, k, v, the attention's output and the MLP's inner state lie in the scratch."""
+        a, ff = self.spec.attention, self.spec.mlp.intermediate_size
+        q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+        attention = ((0, q), (q, kv), (q + kv, kv), (q + 2 * kv, q))
+        if self.spec.mlp.num_experts:
+            return attention
+        return (*attention, (2 * (q + kv) if self.spec.parallel else 0, ff))
+
+    def forward(self, backend: Backend, x: Array, scratch: list[Array], batch: ForwardBatch, kv: KVView) -> None:
+        """Add this layer's attention and MLP to the hidden state x `(n, hidden)`."""
+        q, k, v, attended = scratch[:4]
+        parallel = self.spec.parallel
+        backend.norm_linear(x, self.input_norm, self.qkv, (q, k, v))
+        if parallel and isinstance(self.mlp, Mlp):
+            backend.gate_up(x, self.mlp_norm, self.mlp.gate, self.mlp.up, self.mlp.activation, scratch[4])
+        layer, tables = kv.layer(self.index), kv.tables(self.index)
+        backend.attention(q, k, v, batch, self.attention, layer, tables, attended)
+        backend.linear_add(attended, self.out, self.post_attention_norm, x)
+        if isinstance(self.mlp, Experts):
+            backend.moe_add(x, self.mlp_norm, self.mlp, self.post_mlp_norm, x)
+            return
+        if not parallel:
+            backend.gate_up(x, self.mlp_norm, self.mlp.gate, self.mlp.up, self.mlp.activation, scratch[4])
+        backend.linear_add(scratch[4], self.mlp.down, self.post_mlp_norm, x)
+
+
+class Decoder:
+    """A model on its backends. Made by `loader.load_decoder`; `close` gives its reservations back."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        backends: Backends,
+        embedding: Weight,
+        layers: Sequence[DecoderLayer],
+        norm: Norm,
+        head: Linear,
+        ledger: Ledger,
+        max_rows: int,
+        max_logit_rows: int,
+        weights: Sequence[Reservation] = (),
+    ) -> None:
+        self.spec, self.backends = spec, backends
+        self.embedding, self.layers, self.norm, self.head = embedding, tuple(layers), norm, head
+        self.max_rows, self.max_logit_rows = max_rows, max_logit_rows
+        self._reservations = list(weights)
+        self._workspaces: dict[int, Workspace] = {}
+        for backend in backends.distinct():
+            held = [i for i, b in enumerate(backends.layers) if b is backend]
+            logit_rows = max_logit_rows if backend is backends.head else 0
+            workspace = Workspace(spec, backend, held, max_rows, logit_rows, ledger)
+            self._workspaces[id(backend)] = workspace
+            self._reservations.append(workspace.reservation)
+        self._steps = [
+            (layer, layer.places, backend, self._workspaces[id(backend)])
+            for layer, backend in zip(self.layers, backends.layers, strict=True)
+        ]
+
+    def forward(self, batch: ForwardBatch, kv: KVView) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Run one batch: its keys and values are added to the cache; returns the logits of `batch.logit_rows`.
+
+        The result is float32 `(r, vocab)` on the host and holds until the next call.
+        """
+        rows, logit_rows = len(batch.token_ids), len(batch.logit_rows)
+        if rows > self.max_rows or logit_rows > self.max_logit_rows:
+            raise ValueError(f"a batch of {rows} rows, {logit_rows} of them wanted, is more than was planned for")
+        backend = self.backends.embedding
+        x = self._workspaces[id(backend)].hidden[:rows]
+        backend.embed(batch, self.embedding, self.spec.embedding_scale, x)
+        for layer, places, wanted, workspace in self._steps:
+            if wanted is not backend:
+                x, backend = self._move(x, backend, wanted), wanted
+            layer.forward(backend, x, workspace.scratch(rows, places), batch, kv)
+        if not logit_rows:
+            return np.empty((0, self.spec.vocab_size), np.float32)
+        head = self.backends.head
+        if head is not backend:
+            x = self._move(x, backend, head)
+        (out,) = self._workspaces[id(head)].scratch(logit_rows, ((0, self.spec.vocab_size),))
+        head.logits(x, batch.logit_rows, self.norm, self.head, self.spec.logit_scale, self.spec.logit_softcap, out)
+        return head.download(out)
+
+    def _move(self, x: Array, source: Backend, target: Backend) -> Array:
+        """The hidden state on another backend, through the host."""
+        moved = self._workspaces[id(target)].hidden[: len(x)]
+        target.write(source.download(x), moved)
+        return moved
+
+    def close(self) -> None:
+        """Give the reservations back. The decoder must not be used after."""
+        for reservation in self._reservations:
+            reservation.release()

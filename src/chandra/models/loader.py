@@ -1,0 +1,201 @@
+"""From a checkpoint to a `Decoder`: tensor by tensor, every byte reserved before it is loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from chandra.checkpoint.base import Checkpoint
+from chandra.memory.ledger import Kind, Ledger, Reservation
+from chandra.models.decoder import Backends, Decoder, DecoderLayer, Mlp
+from chandra.models.rope import inv_freq
+from chandra.models.spec import AttentionSpec, ModelSpec, RopeSpec
+from chandra.models.tensors import Source, find_sources
+from chandra.models.transforms import concatenate, convert, floats, take_rows
+from chandra.ops.contracts import AttentionParams, Backend, Experts, Linear, Norm, RopeParams
+from chandra.quant import Format, PackedWeight, get_format
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def load_decoder(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    backends: Backends,
+    ledger: Ledger,
+    *,
+    context_length: int,
+    max_rows: int,
+    max_logit_rows: int,
+    formats: Mapping[str, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoder:
+    """Load a model for contexts of up to `context_length` tokens and batches of up to `max_rows` tokens.
+
+    `formats` names the format for those tensors of the table that are to be converted; `progress` is told the bytes
+    done and in all. Raises CheckpointError for tensors that are missing, misshapen or not finite, BudgetExceeded if a
+    device has no room; nothing stays reserved then.
+    """
+    sources = find_sources(spec, checkpoint)
+    loading = _Loading(checkpoint, spec, backends, ledger, context_length, formats or {})
+    total, done = sum(loaded_bytes(source, checkpoint, formats) for source in sources), 0
+    try:
+        for source in sources:
+            loading.load(source)
+            done += loaded_bytes(source, checkpoint, formats)
+            if progress is not None:
+                progress(done, total)
+        return loading.decoder(max_rows, max_logit_rows)
+    except BaseException:
+        loading.release()
+        raise
+
+
+def loaded_bytes(source: Source, checkpoint: Checkpoint, formats: Mapping[str, str] | None = None) -> int:
+    """Bytes a tensor takes once loaded (before a backend repacks it): the planner and the loader share this figure."""
+    form = _format(source, checkpoint, formats or {})
+    return form.nbytes(source.tensor.shape) if form else 4 * math.prod(source.tensor.shape)
+
+
+def _format(source: Source, checkpoint: Checkpoint, formats: Mapping[str, str]) -> Format | None:
+    """The format a tensor is loaded in; None: as float32 values."""
+    if not source.tensor.packable:
+        return None
+    return get_format(formats.get(source.tensor.name) or checkpoint.tensors[source.names[0]].format)
+
+
+class _Loading:
+    """The state of one `load_decoder`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        backends: Backends,
+        ledger: Ledger,
+        context_length: int,
+        formats: Mapping[str, str],
+    ) -> None:
+        self.checkpoint, self.spec, self.backends, self.ledger = checkpoint, spec, backends, ledger
+        self.context_length, self.formats = context_length, formats
+        self.loaded: dict[str, Any] = {}  # Weight, or float32 arrays of the backend
+        self.ropes: dict[tuple[RopeSpec, int], RopeParams] = {}
+        self.reservations: dict[str, Reservation] = {}
+
+    def release(self) -> None:
+        for reservation in self.reservations.values():
+            reservation.release()
+
+    def load(self, source: Source) -> None:
+        name = source.tensor.name
+        targets = {name: self._backend(source)}
+        if name == EMBEDDING and self.spec.tied_embeddings and self.backends.head is not self.backends.embedding:
+            targets[HEAD] = self.backends.head
+        nbytes = loaded_bytes(source, self.checkpoint, self.formats)
+        for backend in targets.values():
+            self._reserve(backend, nbytes)
+        weight = self._read(source)
+        for key, backend in targets.items():
+            if source.tensor.packable or source.tensor.role == "router":
+                self.loaded[key] = backend.load_weight(weight)
+                self._reserve(backend, self.loaded[key].nbytes - nbytes)
+            else:
+                self.loaded[key] = backend.upload(floats(weight, name) + np.float32(source.offset))
+        for stored in source.names:
+            self.checkpoint.release(stored)
+
+    def _backend(self, source: Source) -> Backend:
+        if source.tensor.layer is not None:
+            return self.backends.layers[source.tensor.layer]
+        return self.backends.embedding if source.tensor.role == "embedding" else self.backends.head
+
+    def _reserve(self, backend: Backend, nbytes: int) -> None:
+        name = backend.device.name
+        if name not in self.reservations:
+            self.reservations[name] = self.ledger.reserve(name, Kind.WEIGHTS, 0)
+        self.reservations[name].resize(self.reservations[name].nbytes + nbytes)
+
+    def _read(self, source: Source) -> PackedWeight:
+        stored = [take_rows(self.checkpoint.read(name), source.rows) for name in source.names]
+        weight = stored[0] if len(stored) == 1 else concatenate(stored, source.tensor.shape)
+        form = _format(source, self.checkpoint, self.formats) or get_format("F32")
+        if source.tensor.packable and form.name != weight.format.name:
+            return convert(weight, form)
+        if source.tensor.role == "router":
+            values = floats(weight, source.tensor.name)
+            return PackedWeight(form, weight.shape, {"data": values.view(np.uint8)})
+        return weight
+
+    def decoder(self, max_rows: int, max_logit_rows: int) -> Decoder:
+        loaded, backends = self.loaded, self.backends
+        return Decoder(
+            self.spec,
+            backends,
+            loaded[EMBEDDING],
+            [self._layer(i) for i in range(self.spec.num_layers)],
+            self._norm("model.norm"),
+            Linear(loaded.get(HEAD, loaded[EMBEDDING])),
+            self.ledger,
+            max_rows,
+            max_logit_rows,
+            tuple(self.reservations.values()),
+        )
+
+    def _layer(self, i: int) -> DecoderLayer:
+        layer, prefix = self.spec.layers[i], f"model.layers.{i}."
+        q, k, v, out = (self._linear(f"{prefix}self_attn.{x}_proj") for x in "qkvo")
+        if layer.post_norms:
+            mlp_norm = "pre_feedforward_layernorm"
+        else:
+            mlp_norm = "post_attention_layernorm" if layer.mlp_norm else "input_layernorm"
+        return DecoderLayer(
+            spec=layer,
+            index=i,
+            input_norm=self._norm(prefix + "input_layernorm"),
+            qkv=(q, k, v),
+            attention=self._attention(layer.attention, prefix, self.backends.layers[i]),
+            out=out,
+            post_attention_norm=self._norm(prefix + "post_attention_layernorm") if layer.post_norms else None,
+            mlp_norm=self._norm(prefix + mlp_norm),
+            mlp=self._experts(i) if layer.mlp.num_experts else self._mlp(i),
+            post_mlp_norm=self._norm(prefix + "post_feedforward_layernorm") if layer.post_norms else None,
+        )
+
+    def _linear(self, name: str) -> Linear:
+        return Linear(self.loaded[name + ".weight"], self.loaded.get(name + ".bias"))
+
+    def _norm(self, name: str) -> Norm:
+        weight, bias = self.loaded[name + ".weight"], self.loaded.get(name + ".bias")
+        return Norm(weight, self.spec.norm_eps, self.spec.norm_kind, bias)
+
+    def _head_norm(self, name: str) -> Norm:
+        return Norm(self.loaded[name], self.spec.norm_eps)
+
+    def _attention(self, a: AttentionSpec, prefix: str, backend: Backend) -> AttentionParams:
+        norms = [self._head_norm(f"{prefix}self_attn.{x}_norm.weight") if a.qk_norm else None for x in "qk"]
+        rope = self._rope(a.rope, backend) if a.rope else None
+        return AttentionParams(
+            a.num_heads, a.num_kv_heads, a.head_dim, a.scale, a.window, a.softcap, rope, norms[0], norms[1]
+        )
+
+    def _rope(self, rope: RopeSpec, backend: Backend) -> RopeParams:
+        key = (rope, id(backend))
+        if key not in self.ropes:
+            frequencies = backend.upload(inv_freq(rope, self.context_length))
+            self.ropes[key] = RopeParams(frequencies, rope.attention_factor, rope.interleaved)
+        return self.ropes[key]
+
+    def _mlp(self, i: int) -> Mlp:
+        spec, prefix = self.spec.layers[i].mlp, f"model.layers.{i}.mlp."
+        gate = self._linear(prefix + "gate_proj") if spec.gated else None
+        return Mlp(gate, self._linear(prefix + "up_proj"), self._linear(prefix + "down_proj"), spec.activation)
+
+    def _experts(self, i: int) -> Experts:
+        spec, prefix = self.spec.layers[i].mlp, f"model.layers.{i}.mlp."
+        gate, up, down = (self.loaded[f"{prefix}experts.{x}_proj.weight"] for x in ("gate", "up", "down"))
+        router = self._linear(prefix + "gate")
+        top_k, normalize = spec.experts_per_token, spec.normalize_experts
+        return Experts(router, gate, up, down, top_k, normalize, spec.activation)
