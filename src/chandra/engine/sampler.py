@@ -23,6 +23,7 @@ Ids: TypeAlias = np.ndarray[Any, np.dtype[np.intp]]
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
+_BINS, _DEPTH = 4096, 32  # how finely, and how far below the largest logit, a wide nucleus is sorted into bins
 _LANES = 64  # a row is cut into this many runs where its largest entries or its mass are looked for
 
 
@@ -134,15 +135,22 @@ def _select(ids: Ids | None, values: Row, kept: Ids) -> tuple[Ids | None, Row]:
 
 def _nucleus(values: Row, top_p: float) -> Ids:
     """The most likely tokens whose probabilities reach `top_p` together (Holtzman et al., 2019)."""
-    weights = np.exp(values - values.max())
+    peak = values.max()
+    weights = np.exp(values - peak)
     target = top_p * float(weights.sum(dtype=np.float64))
-    count = 256
-    while True:  # most nuclei are small: sort no more than is needed
-        ids = largest(values, count)
+    ids = largest(values, 256)  # most nuclei are small
+    reached = np.cumsum(weights[ids], dtype=np.float64)
+    if ids.size < values.size and reached[-1] < target:
+        # sort only the bin in which the target is reached; what is above it belongs to the nucleus
+        bins = np.minimum((peak - values) * np.float32(_BINS / _DEPTH), np.float32(_BINS)).astype(np.int32)
+        mass = np.cumsum(np.bincount(bins, weights))
+        last = int(np.searchsorted(mass, target))
+        edge = np.flatnonzero(bins == min(last, mass.size - 1))
+        edge = edge[largest(values[edge], edge.size)]
+        above = np.flatnonzero(bins < last)
+        ids = np.concatenate((above, edge))
         reached = np.cumsum(weights[ids], dtype=np.float64)
-        if count >= values.size or reached[-1] >= target:
-            return ids[: int(np.searchsorted(reached, target)) + 1]
-        count *= 8
+    return ids[: int(np.searchsorted(reached, target)) + 1]
 
 
 def _typical(values: Row, typical_p: float) -> Ids:
