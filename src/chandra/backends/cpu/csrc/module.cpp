@@ -8,6 +8,7 @@ namespace nb = nanobind;
 
 namespace chandra {
 void register_attention(nb::module_& m);
+void register_linear(nb::module_& m);
 }
 
 NB_MODULE(_cpu, m) {
@@ -21,4 +22,5 @@ NB_MODULE(_cpu, m) {
   m.def("best_isa", [] { return chandra::isa_name(chandra::best_isa()); }, "The best instruction set of this CPU.");
   m.def("threads", [] { return chandra::Pool::shared().size(); }, "Threads of the pool, the caller included.");
   chandra::register_attention(m);
+  chandra::register_linear(m);
 }

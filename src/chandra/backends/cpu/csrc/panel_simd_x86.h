@@ -1,0 +1,89 @@
+// AVX2 and AVX-512 versions of panel_simd.h. To be included by the translation units compiled for them only.
+#pragma once
+
+#include <immintrin.h>
+
+#include "panel_simd.h"
+
+namespace chandra {
+
+#if defined(__AVX512F__)
+
+struct Avx512 : Simd<Avx512, 16> {
+  static CHANDRA_INLINE F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
+  static CHANDRA_INLINE F min(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
+  static CHANDRA_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+  static CHANDRA_INLINE F load_f16(const uint8_t* p) {
+    return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  using Simd::lookup;
+  static CHANDRA_INLINE B lookup(const uint8_t* levels, B nibbles) {
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels)));
+    return (B)_mm512_shuffle_epi8(table, (__m512i)nibbles);
+  }
+  static CHANDRA_INLINE F lookup(const float* levels, U v, int shift) {
+    // vpermps looks at the low four bits of an index only
+    return (F)_mm512_permutexvar_ps((__m512i)(v >> static_cast<uint32_t>(shift)), _mm512_loadu_ps(levels));
+  }
+  template <int kTop>
+  static CHANDRA_INLINE I dot(I acc, const B* w, const int8_t* x, int n) {
+    __m512i sum = (__m512i)acc;
+    for (int i = 0; i < n; ++i) {
+      int32_t four;
+      std::memcpy(&four, x + 4 * i, 4);
+      sum = _mm512_dpbusd_epi32(sum, (__m512i)w[i], _mm512_set1_epi32(four));
+    }
+    return (I)sum;
+  }
+};
+
+#elif defined(__AVX2__)
+
+struct Avx2 : Simd<Avx2, 8> {
+  static CHANDRA_INLINE F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
+  static CHANDRA_INLINE F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
+  static CHANDRA_INLINE F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+  static CHANDRA_INLINE F load_f16(const uint8_t* p) {
+    return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  using Simd::lookup;
+  static CHANDRA_INLINE B lookup(const uint8_t* levels, B nibbles) {
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels)));
+    return (B)_mm256_shuffle_epi8(table, (__m256i)nibbles);
+  }
+  static CHANDRA_INLINE F lookup(const float* levels, U v, int shift) {
+    const __m256i index = (__m256i)(v >> static_cast<uint32_t>(shift));  // vpermps looks at the low three bits
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels), index);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(levels + 8), index);
+    return (F)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  }
+
+  // vpmaddubsw adds pairs in 16 bits: values up to kTop may be added kSafe times before they must become 32 bits.
+  template <int kTop>
+  static CHANDRA_INLINE I dot(I acc, const B* w, const int8_t* x, int n) {
+    constexpr int kSafe = 32767 / (2 * 127 * (kTop < 128 ? kTop : 127));
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i sum = (__m256i)acc, narrow = _mm256_setzero_si256();
+    for (int i = 0; i < n; ++i) {
+      int32_t four;
+      std::memcpy(&four, x + 4 * i, 4);
+      const __m256i xs = _mm256_set1_epi32(four);
+      if constexpr (kTop < 128) {
+        narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16((__m256i)w[i], xs));
+        if ((i + 1) % kSafe && i + 1 < n) continue;
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(narrow, ones));
+        narrow = _mm256_setzero_si256();
+      } else {  // the top bit apart, since two products of 8 unsigned bits do not fit
+        const __m256i low = _mm256_maddubs_epi16((__m256i)field(w[i], 0, 127), xs);
+        const __m256i top = _mm256_maddubs_epi16((__m256i)field(w[i], 7, 1), xs);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(low, ones));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(top, _mm256_set1_epi16(128)));
+      }
+    }
+    return (I)sum;
+  }
+};
+
+#endif
+
+}  // namespace chandra

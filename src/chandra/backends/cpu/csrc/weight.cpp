@@ -1,0 +1,118 @@
+#include "weight.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <utility>
+
+#include "pool.h"
+#include "scratch.h"
+
+namespace chandra {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+thread_local Buffer panel_scratch;
+
+constexpr std::array<std::pair<std::string_view, Layout>, 22> kFormats{{
+    {"F32", Layout::f32}, {"F16", Layout::f16}, {"BF16", Layout::bf16}, {"nf4", Layout::nf4},
+    {"nf4-dq", Layout::nf4}, {"Q4_0", Layout::q4_0}, {"Q4_1", Layout::q4_1}, {"Q5_0", Layout::q5_0},
+    {"Q5_1", Layout::q5_1}, {"Q8_0", Layout::q8_0}, {"Q2_K", Layout::q2_k}, {"Q3_K", Layout::q3_k},
+    {"Q4_K", Layout::q4_k}, {"Q5_K", Layout::q5_k}, {"Q6_K", Layout::q6_k}, {"IQ4_NL", Layout::iq4_nl},
+    {"IQ4_XS", Layout::iq4_xs}, {"MXFP4", Layout::mxfp4}, {"int8", Layout::int8}, {"int4-g32", Layout::int4_g32},
+    {"int4-g64", Layout::int4_g64}, {"int4-g128", Layout::int4_g128},
+}};
+
+uint8_t* map_pages(size_t bytes) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (bytes >= 4 * kHugePage) madvise(p, bytes, MADV_HUGEPAGE);
+#endif
+  return static_cast<uint8_t*>(p);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  if (current_isa() == Isa::avx512) return avx512_kernels;
+  if (current_isa() == Isa::avx2) return avx2_kernels;
+#endif
+  return portable_kernels;
+}
+
+Layout Weight::layout_of(std::string_view format, int64_t columns) {
+  for (const auto& [name, layout] : kFormats) {
+    if (name != format) continue;
+    if (layout == Layout::nf4 && columns % 64) return Layout::f32;
+    if (layout != Layout::int8 && columns % panel_size(layout).columns)
+      throw std::invalid_argument("the columns are not a multiple of the format's block");
+    return layout;
+  }
+  throw std::invalid_argument("the CPU has no kernel for the format " + std::string(format));
+}
+
+int64_t Weight::panel_bytes(Layout layout, int64_t columns) {
+  const PanelSize size = panel_size(layout);
+  const int64_t bytes = size.header + (columns + size.columns - 1) / size.columns * size.bytes;
+  return (bytes + 63) / 64 * 64;
+}
+
+int64_t Weight::repacked_bytes(Layout layout, int64_t experts, int64_t rows, int64_t columns) {
+  return experts * ((rows + kPanelRows - 1) / kPanelRows) * panel_bytes(layout, columns);
+}
+
+Weight::Weight(const Source& source, int64_t experts, int64_t rows, bool repack)
+    : source_(source), experts_(experts), rows_(rows) {
+  const PanelSize size = panel_size(layout());
+  blocks_ = (columns() + size.columns - 1) / size.columns;
+  panel_bytes_ = panel_bytes(layout(), columns());
+  if (!repack || experts * rows == 0 || blocks_ == 0) return;
+  mapped_ = static_cast<size_t>(repacked_bytes(layout(), experts, rows, columns()));
+  uint8_t* memory = map_pages(mapped_);
+  const int64_t all = experts * panels(), chunk = std::max<int64_t>(1, (1 << 18) / panel_bytes_);
+  Pool::shared().run((all + chunk - 1) / chunk, [&](int64_t task, int) {
+    for (int64_t p = task * chunk; p < std::min(all, (task + 1) * chunk); ++p)
+      pack_panel(p / panels(), p % panels(), memory + p * panel_bytes_);
+  });
+  panels_ = memory;
+  source_ = Source{.layout = source.layout, .rows = source.rows, .columns = source.columns};
+}
+
+Weight::~Weight() {
+  if (panels_) munmap(panels_, mapped_);
+}
+
+void Weight::pack_panel(int64_t expert, int64_t index, uint8_t* out) const {
+  const int64_t first = index * kPanelRows;
+  pack_rows(source_, expert * rows_ + first, std::min<int64_t>(kPanelRows, rows_ - first), 0, out);
+}
+
+const uint8_t* Weight::panel(int64_t expert, int64_t index) const {
+  if (panels_) return panels_ + (expert * panels() + index) * panel_bytes_;
+  uint8_t* out = panel_scratch.reserve<uint8_t>(panel_bytes_);
+  if ((index + 1) * kPanelRows > rows_) std::memset(out, 0, static_cast<size_t>(panel_bytes_));
+  pack_panel(expert, index, out);
+  return out;
+}
+
+void Weight::unpack_row(int64_t row, float* out) const {
+  const int within = static_cast<int>(row % rows_ % kPanelRows);
+  const uint8_t* p;
+  if (panels_) {
+    p = panel(row / rows_, row % rows_ / kPanelRows);
+  } else {
+    uint8_t* scratch = panel_scratch.reserve<uint8_t>(panel_bytes_);
+    pack_rows(source_, row, 1, within, scratch);
+    p = scratch;
+  }
+  kernels().unpack[static_cast<int>(layout())](p, blocks_, within, out);
+}
+
+}  // namespace chandra

@@ -1,0 +1,69 @@
+// A weight as the CPU kernels see it: panels, made once when it is loaded or anew in every call.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "linear_kernels.h"
+
+namespace chandra {
+
+// The stored arrays of one weight, as chandra.quant describes them. Rows are counted over all experts.
+struct Source {
+  Layout layout;
+  int64_t rows, columns;
+  const uint8_t* data = nullptr;
+  const void* scales = nullptr;  // f32 of int8, f16 of int4
+  const void* zeros = nullptr;   // f16 of int4
+  const void* absmax = nullptr;  // f32 of nf4, u8 of nf4-dq
+  const float* nested_absmax = nullptr;  // of nf4-dq only
+  const float* nested_offset = nullptr;
+  bool unaligned_nf4 = false;  // nf4 blocks do not begin with the rows: the panels are those of f32
+};
+
+// Bytes of a stored block of panel_size().columns values, of the formats that have one part.
+int stored_block_bytes(Layout layout);
+
+// Writes rows [first, first + count) of the source as rows [at, at + count) of a panel.
+void pack_rows(const Source& source, int64_t first, int64_t count, int at, uint8_t* panel);
+
+class Weight {
+ public:
+  // The layout a format of chandra.quant has for rows of so many columns. Throws std::invalid_argument if none.
+  static Layout layout_of(std::string_view format, int64_t columns);
+  static int64_t panel_bytes(Layout layout, int64_t columns);
+  // Bytes of all panels.
+  static int64_t repacked_bytes(Layout layout, int64_t experts, int64_t rows, int64_t columns);
+
+  // Rows of `source` are experts * rows. With `repack` the panels are made now and the source is not needed any more.
+  Weight(const Source& source, int64_t experts, int64_t rows, bool repack);
+  ~Weight();
+  Weight(const Weight&) = delete;
+  Weight& operator=(const Weight&) = delete;
+
+  Layout layout() const { return source_.layout; }
+  int64_t experts() const { return experts_; }
+  int64_t rows() const { return rows_; }
+  int64_t columns() const { return source_.columns; }
+  int64_t blocks() const { return blocks_; }  // of a panel
+  int64_t panels() const { return (rows_ + kPanelRows - 1) / kPanelRows; }  // of an expert
+  int64_t panel_bytes() const { return panel_bytes_; }
+  bool in_place() const { return panels_ == nullptr; }
+
+  // A panel, made in this thread's scratch memory if need be: good until the next call in this thread.
+  const uint8_t* panel(int64_t expert, int64_t index) const;
+  // One row as floats.
+  void unpack_row(int64_t row, float* out) const;
+
+ private:
+  void pack_panel(int64_t expert, int64_t index, uint8_t* out) const;
+
+  Source source_;
+  int64_t experts_, rows_, blocks_, panel_bytes_;
+  uint8_t* panels_ = nullptr;
+  size_t mapped_ = 0;
+};
+
+}  // namespace chandra

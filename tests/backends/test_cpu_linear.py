@@ -1,0 +1,214 @@
+"""The C++ products against float64, for every format, instruction set and batch size."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from chandra.ops.contracts import Linear, Norm, Weight
+from chandra.quant import Format, formats, get_format
+
+_cpu = pytest.importorskip("chandra.backends.cpu._cpu")
+
+FLOATS = ("F32", "F16", "BF16", "nf4", "nf4-dq")
+BATCHES = (1, 2, 3, 5, 8, 16, 17, 33, 130)
+
+
+def available(isa: str) -> bool:
+    try:
+        _cpu.set_isa(isa)
+    except ValueError:
+        return False
+    _cpu.set_isa("auto")
+    return True
+
+
+ISAS = [isa for isa in ("portable", "avx2", "avx512") if available(isa)]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    _cpu.set_isa(request.param)
+    yield request.param
+    _cpu.set_isa("auto")
+
+
+@pytest.fixture(scope="module")
+def rng() -> np.random.Generator:
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
+def block(fmt: Format) -> int:
+    if fmt.name.startswith("int4-g"):
+        return int(fmt.name[6:])
+    return getattr(fmt, "block_size", 1)
+
+
+def make(
+    fmt: Format, shape: tuple[int, ...], rng: np.random.Generator, repack: bool = True
+) -> tuple[Weight, np.ndarray[Any, Any]]:
+    """A weight with outliers, and its exact values in float64."""
+    values = rng.standard_normal(shape, np.float32) * rng.uniform(0.01, 0.1, (*shape[:-1], 1)).astype(np.float32)
+    values *= np.where(rng.random(shape) < 0.01, 4, 1)
+    packed = fmt.pack(torch.from_numpy(values.astype(np.float32)))
+    parts = {name: part.numpy() for name, part in packed.items()}
+    handle = _cpu.Weight(fmt.name, shape, parts, repack)
+    return Weight(fmt, shape, handle.nbytes, handle), fmt.unpack(packed, shape).double().numpy()
+
+
+def quantized(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """x as the kernels see it: int8 in blocks of 32 with a float32 scale."""
+    columns = x.shape[-1]
+    blocks = np.pad(x, ((0, 0), (0, -columns % 32))).reshape(len(x), -1, 32)
+    amax = np.abs(blocks).max(2, keepdims=True)
+    q = np.rint(blocks * np.where(amax > 1e-36, np.float32(127) / np.maximum(amax, 1e-36), np.float32(0)))
+    return (q.astype(np.float64) * (amax / np.float32(127))).reshape(len(x), -1)[:, :columns]
+
+
+def product(weight: Weight, x: np.ndarray[Any, Any], bias: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
+    out = np.full((len(x), weight.shape[0]), np.nan, np.float32)
+    _cpu.norm_linear(x, None, (Linear(weight, bias),), (out,))
+    return out
+
+
+def shapes(fmt: Format) -> list[tuple[int, int]]:
+    unit = block(fmt)
+    columns = (unit, 3 * unit, 5 * unit) if unit >= 128 else (32, 96, 576)
+    if unit == 64:
+        columns = (64, 192, 576)
+    if unit == 1:
+        columns = (1, 37, 200)
+    return list(zip((1, 16, 37), columns, strict=True))
+
+
+@pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.name)
+def test_products_match_float64(fmt: Format, isa: str, rng: np.random.Generator) -> None:
+    for shape, repack in itertools.product(shapes(fmt), (True, False)):
+        weight, exact = make(fmt, shape, rng, repack)
+        for n in BATCHES:
+            x = rng.standard_normal((n, shape[1]), np.float32)
+            out = product(weight, x)
+            size = np.abs(x).astype(np.float64) @ np.abs(exact).T
+            if fmt.name in FLOATS:
+                assert np.all(np.abs(out - x.astype(np.float64) @ exact.T) <= 2e-6 * size + 1e-12)
+            else:
+                # with minimums, q * scale and the minimum may be larger than their sum
+                assert np.all(np.abs(out - quantized(x) @ exact.T) <= 1e-5 * size + 1e-6)
+                amax = np.abs(x).max(1, keepdims=True)
+                bound = amax / 254 * np.abs(exact).sum(1) * 1.01
+                assert np.all(np.abs(out - x.astype(np.float64) @ exact.T) <= bound + 1e-5 * size + 1e-6)
+
+
+@pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.name)
+def test_rows_do_not_depend_on_the_batch(fmt: Format, isa: str, rng: np.random.Generator) -> None:
+    shape = shapes(fmt)[2]
+    weight, _ = make(fmt, shape, rng)
+    in_place, _ = make(fmt, shape, rng, repack=False)
+    x = rng.standard_normal((130, shape[1]), np.float32)
+    for tested in (weight, in_place):
+        whole = product(tested, x)
+        for n in (1, 2, 3, 5, 7, 17):
+            start = int(rng.integers(0, 130 - n))
+            assert np.array_equal(product(tested, np.ascontiguousarray(x[start : start + n])), whole[start : start + n])
+    threads = _cpu.threads()
+    try:
+        _cpu.set_threads(1)
+        alone = product(weight, x)
+        _cpu.set_threads(3)
+        assert np.array_equal(product(weight, x), alone)
+    finally:
+        _cpu.set_threads(threads)
+
+
+@pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.name)
+def test_repacked_and_in_place_agree(fmt: Format, isa: str, rng: np.random.Generator) -> None:
+    shape = shapes(fmt)[2]
+    values = torch.from_numpy(rng.standard_normal(shape, np.float32))
+    parts = {name: part.numpy() for name, part in fmt.pack(values).items()}
+    x = rng.standard_normal((9, shape[1]), np.float32)
+    outs = []
+    for repack in (True, False):
+        handle = _cpu.Weight(fmt.name, shape, parts, repack)
+        assert handle.in_place == (not repack or (fmt.name.startswith("nf4") and shape[1] % 64 != 0))
+        stored = sum(part.nbytes for part in parts.values())
+        assert handle.nbytes == (stored if handle.in_place else _cpu.repacked_nbytes(fmt.name, shape))
+        outs.append(product(Weight(fmt, shape, handle.nbytes, handle), x))
+    assert np.array_equal(*outs)
+
+
+@pytest.mark.parametrize("repack", [True, False])
+@pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.name)
+def test_embed_returns_the_rows(fmt: Format, repack: bool, isa: str, rng: np.random.Generator) -> None:
+    shape = (37, shapes(fmt)[2][1])
+    table, exact = make(fmt, shape, rng, repack)
+    ids = rng.integers(0, 37, 21).astype(np.int32)
+    out = np.empty((21, shape[1]), np.float32)
+    _cpu.embed(ids, table.handle, 1.5, out)
+    np.testing.assert_allclose(out, exact[ids] * 1.5, rtol=2e-6, atol=1e-6)
+    for bad in (-1, 37):
+        with pytest.raises(IndexError, match="token id"):
+            _cpu.embed(np.array([bad], np.int32), table.handle, 1.0, out[:1])
+
+
+def test_blocks_at_odd_addresses(isa: str, rng: np.random.Generator) -> None:
+    for name, columns in (("Q4_0", 96), ("Q5_0", 96), ("Q6_K", 512), ("F32", 33), ("MXFP4", 96)):
+        fmt = get_format(name)
+        packed = fmt.pack(torch.from_numpy(rng.standard_normal((17, columns), np.float32)))
+        data = packed["data"].numpy()
+        buffer = np.empty(data.nbytes + 1, np.uint8)
+        buffer[1:] = data.reshape(-1)
+        shifted = buffer[1:].reshape(data.shape)
+        x = rng.standard_normal((3, columns), np.float32)
+        outs = [
+            product(Weight(fmt, (17, columns), 0, _cpu.Weight(name, (17, columns), {"data": part}, repack)), x)
+            for part in (data, shifted)
+            for repack in (True, False)
+        ]
+        assert all(np.array_equal(out, outs[0]) for out in outs)
+
+
+def test_zeros_and_huge_activations(isa: str, rng: np.random.Generator) -> None:
+    weight, exact = make(get_format("Q8_0"), (32, 64), rng)
+    x = np.zeros((2, 64), np.float32)
+    x[1] = 1e30
+    out = product(weight, x)
+    assert np.all(out[0] == 0)
+    np.testing.assert_allclose(out[1], x[1].astype(np.float64) @ exact.T, rtol=1e-4, atol=1e24)
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    data = np.zeros((4, 18), np.uint8)
+    for name, shape, parts, message in (
+        ("Q4_0", (4, 33), {"data": data}, "multiple"),
+        ("Q4_0", (5, 32), {"data": data}, "wrong size"),
+        ("Q4_0", (4, 32), {}, "no part data"),
+        ("Q4_0", (32,), {"data": data}, "dimensions"),
+        ("Q9_9", (4, 32), {"data": data}, "no kernel"),
+        ("int8", (4, 18), {"data": data.view(np.int8)}, "no part scales"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _cpu.Weight(name, shape, parts)
+
+
+def test_arrays_that_do_not_fit_are_refused(rng: np.random.Generator) -> None:
+    weight, _ = make(get_format("Q4_0"), (16, 32), rng)
+    linear = Linear(weight)
+    norm = Norm(np.ones(31, np.float32), 1e-6)
+    good = np.zeros((2, 32), np.float32)
+    for x, use, out in (
+        (np.zeros((2, 31), np.float32), None, np.empty((2, 16), np.float32)),
+        (good, None, np.empty((2, 15), np.float32)),
+        (good, None, np.empty((2, 16), np.float64)),
+        (good, norm, np.empty((2, 16), np.float32)),
+        (good, None, np.empty((4, 16), np.float32)[::2]),
+    ):
+        with pytest.raises(ValueError):  # noqa: PT011 the messages differ
+            _cpu.norm_linear(x, use, (linear,), (out,))
