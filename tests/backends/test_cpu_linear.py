@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import secrets
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from chandra.quant import Format, formats, get_format
 _cpu = pytest.importorskip("chandra.backends.cpu._cpu")
 
 FLOATS = ("F32", "F16", "BF16", "nf4", "nf4-dq")
+SEED = secrets.randbits(32)
 BATCHES = (1, 2, 3, 5, 8, 16, 17, 33, 130)
 
 
@@ -41,9 +43,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def rng() -> np.random.Generator:
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
+    print(f"seed {SEED}")
+    return np.random.default_rng(SEED)
 
 
 def block(fmt: Format) -> int:
@@ -52,16 +53,20 @@ def block(fmt: Format) -> int:
     return getattr(fmt, "block_size", 1)
 
 
-def make(
-    fmt: Format, shape: tuple[int, ...], rng: np.random.Generator, repack: bool = True
-) -> tuple[Weight, np.ndarray[Any, Any]]:
-    """A weight with outliers, and its exact values in float64."""
+@functools.cache
+def packed(name: str, shape: tuple[int, ...]) -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
+    """The parts of a weight with outliers, and its exact values in float64."""
+    rng = np.random.default_rng(SEED)
     values = rng.standard_normal(shape, np.float32) * rng.uniform(0.01, 0.1, (*shape[:-1], 1)).astype(np.float32)
     values *= np.where(rng.random(shape) < 0.01, 4, 1)
-    packed = fmt.pack(torch.from_numpy(values.astype(np.float32)))
-    parts = {name: part.numpy() for name, part in packed.items()}
+    parts = get_format(name).pack(torch.from_numpy(values.astype(np.float32)))
+    return {name: part.numpy() for name, part in parts.items()}, get_format(name).unpack(parts, shape).double().numpy()
+
+
+def make(fmt: Format, shape: tuple[int, ...], repack: bool = True) -> tuple[Weight, np.ndarray[Any, Any]]:
+    parts, exact = packed(fmt.name, shape)
     handle = _cpu.Weight(fmt.name, shape, parts, repack)
-    return Weight(fmt, shape, handle.nbytes, handle), fmt.unpack(packed, shape).double().numpy()
+    return Weight(fmt, shape, handle.nbytes, handle), exact
 
 
 def quantized(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -92,7 +97,7 @@ def shapes(fmt: Format) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.name)
 def test_products_match_float64(fmt: Format, isa: str, rng: np.random.Generator) -> None:
     for shape, repack in itertools.product(shapes(fmt), (True, False)):
-        weight, exact = make(fmt, shape, rng, repack)
+        weight, exact = make(fmt, shape, repack)
         for n in BATCHES:
             x = rng.standard_normal((n, shape[1]), np.float32)
             out = product(weight, x)
@@ -110,8 +115,8 @@ def test_products_match_float64(fmt: Format, isa: str, rng: np.random.Generator)
 @pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.name)
 def test_rows_do_not_depend_on_the_batch(fmt: Format, isa: str, rng: np.random.Generator) -> None:
     shape = shapes(fmt)[2]
-    weight, _ = make(fmt, shape, rng)
-    in_place, _ = make(fmt, shape, rng, repack=False)
+    weight, _ = make(fmt, shape)
+    in_place, _ = make(fmt, shape, repack=False)
     x = rng.standard_normal((130, shape[1]), np.float32)
     for tested in (weight, in_place):
         whole = product(tested, x)
@@ -148,7 +153,7 @@ def test_repacked_and_in_place_agree(fmt: Format, isa: str, rng: np.random.Gener
 @pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.name)
 def test_embed_returns_the_rows(fmt: Format, repack: bool, isa: str, rng: np.random.Generator) -> None:
     shape = (37, shapes(fmt)[2][1])
-    table, exact = make(fmt, shape, rng, repack)
+    table, exact = make(fmt, shape, repack)
     ids = rng.integers(0, 37, 21).astype(np.int32)
     out = np.empty((21, shape[1]), np.float32)
     _cpu.embed(ids, table.handle, 1.5, out)
@@ -176,7 +181,7 @@ def test_blocks_at_odd_addresses(isa: str, rng: np.random.Generator) -> None:
 
 
 def test_zeros_and_huge_activations(isa: str, rng: np.random.Generator) -> None:
-    weight, exact = make(get_format("Q8_0"), (32, 64), rng)
+    weight, exact = make(get_format("Q8_0"), (32, 64))
     x = np.zeros((2, 64), np.float32)
     x[1] = 1e30
     out = product(weight, x)
@@ -199,7 +204,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
 
 
 def test_arrays_that_do_not_fit_are_refused(rng: np.random.Generator) -> None:
-    weight, _ = make(get_format("Q4_0"), (16, 32), rng)
+    weight, _ = make(get_format("Q4_0"), (16, 32))
     linear = Linear(weight)
     norm = Norm(np.ones(31, np.float32), 1e-6)
     good = np.zeros((2, 32), np.float32)
