@@ -1,27 +1,79 @@
-"""Readers of models on disk: lazy, memory-mapped, and safe on hostile files."""
+"""Model files: lazy readers that check everything before they use it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from chandra.checkpoint.base import Checkpoint, TensorInfo
-from chandra.checkpoint.gguf import GGUFCheckpoint
-from chandra.errors import CheckpointError, ModelNotFound
+from chandra.checkpoint.gguf import MAGIC, StringArray, open_gguf, shard_group
+from chandra.checkpoint.litgpt import WEIGHTS, open_litgpt
+from chandra.checkpoint.mapped import Header, MappedFile, NeedMoreBytes
+from chandra.checkpoint.safetensors import open_safetensors
+from chandra.errors import CheckpointError, UnsupportedError
 
-__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Header",
+    "NeedMoreBytes",
+    "StringArray",
+    "TensorInfo",
+    "open_checkpoint",
+    "open_gguf",
+    "open_litgpt",
+    "open_safetensors",
+]
+
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_KNOWN = "Chandra reads GGUF files, Hugging Face folders with safetensors, and Lit-GPT folders"
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a model file or folder, whatever it is.
+    """Open a model file or folder, whatever it is: header read and checked, weights mapped lazily.
 
-    Raises ModelNotFound if there is none, CheckpointError if it is damaged, UnsupportedError if it is of another kind.
+    Raises ModelNotFound if there is nothing at `path`, CheckpointError for what is damaged, truncated, hostile or
+    ambiguous, UnsupportedError for what Chandra cannot read, pickles among it.
     """
     path = Path(path)
-    if not path.exists():
-        raise ModelNotFound(f"{path} does not exist", "check the path")
-    if path.is_dir():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) != 1:
-            raise CheckpointError(f"{path} holds {len(files)} GGUF files", "name one of them")
-        path = files[0]
-    return GGUFCheckpoint(path)
+    return _open_folder(path) if path.is_dir() else _open_file(path)
+
+
+def _open_file(path: Path) -> Checkpoint:
+    start = bytes(MappedFile(path).view()[:40])
+    if start.startswith(MAGIC):
+        return open_gguf(path)
+    if start.startswith((b"PK", b"\x80")):
+        if path.name == WEIGHTS:
+            return open_litgpt(path.parent)
+        raise _pickle(path)
+    if start[8:9] == b"{" or path.suffix == ".safetensors":
+        return open_safetensors(path)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the model", "fetch the file itself: git lfs pull")
+    raise CheckpointError(f"{path} is not a model file: it starts with {start[:8]!r}", _KNOWN)
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}", "check its permissions") from None
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return open_safetensors(folder)
+    models = [name for name in names if name.endswith(".gguf")]
+    if len({shard_group(folder / name) for name in models}) > 1:
+        raise CheckpointError(f"{folder} has several models: {', '.join(models[:8])}", "give the path of one of them")
+    if models:
+        return open_gguf(folder / models[0])
+    if WEIGHTS in names:
+        return open_litgpt(folder)
+    pickles = [name for name in names if Path(name).suffix in _PICKLES]
+    if pickles:
+        raise _pickle(folder / pickles[0])
+    raise CheckpointError(f"{folder} has no model" + ("" if names else ": it is empty"), _KNOWN)
+
+
+def _pickle(path: Path) -> UnsupportedError:
+    return UnsupportedError(
+        f"{path} is a pickle, which can run code when it is loaded; Chandra does not read it",
+        "convert it to safetensors, or take a model that comes as safetensors or GGUF",
+    )

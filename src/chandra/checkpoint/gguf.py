@@ -1,7 +1,6 @@
-"""GGUF, versions 2 and 3: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""GGUF, versions 2 and 3: the header parsed with every count, length and offset checked before it is used.
 
-Nothing in the file is believed: every count, length and offset is compared with the size of the file before anything
-is allocated or read.
+Source: the GGUF specification (ggml, docs/gguf.md).
 """
 
 from __future__ import annotations
@@ -9,277 +8,268 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from chandra.checkpoint.base import TensorInfo
-from chandra.checkpoint.mapped import MappedFile
-from chandra.errors import ChandraError, CheckpointError, UnsupportedError
-from chandra.quant import PackedWeight, format_of_ggml_type, get_format
+from chandra.checkpoint.mapped import (
+    MAX_ENTRIES,
+    Header,
+    MappedCheckpoint,
+    MappedFile,
+    NeedMoreBytes,
+    check_no_overlap,
+    damaged,
+)
+from chandra.errors import CheckpointError, UnsupportedError
+from chandra.quant import format_of_ggml_type
 
 MAGIC = b"GGUF"
-MAX_STRING, MAX_ITEMS, MAX_DIMS, MAX_KEYS, MAX_TENSORS = 16 << 20, 64 << 20, 4, 1 << 16, 1 << 20
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_DTYPES = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "u1", 10: "<u8", 11: "<i8", 12: "<f8"}
-_STRING, _ARRAY = 8, 9
-_MIN_KEY, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8  # bytes the shortest entry takes
+MAX_STRING = 16 << 20  # bytes
+MAX_NAME = 65_535  # bytes of a key or a tensor's name
+MAX_ITEMS = 64 << 20  # of an array
+MAX_DIMS = 4
+MAX_SHARDS = 99_999  # five digits
+
+_UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+# Types without a format in `quant`, with values and bytes of a block: enough to check and list such tensors.
+_UNSUPPORTED: dict[int, tuple[str, int, int]] = {
+    **{16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50)},
+    **{21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 29: ("IQ1_M", 256, 56), 34: ("TQ1_0", 256, 54)},
+    **{35: ("TQ2_0", 256, 66), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18)},
+    **{24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8)},
+}
 
 
-class NeedMoreBytes(ChandraError):
-    """The header goes on past the bytes at hand; `nbytes` from the file's beginning are needed at least."""
+class StringArray(Sequence[str | bytes]):
+    """The strings of an array, decoded when asked for; `bytes` where they are not UTF-8."""
 
-    def __init__(self, nbytes: int) -> None:
-        super().__init__(f"the header needs at least {nbytes} bytes")
-        self.nbytes = nbytes
+    def __init__(self, data: memoryview, starts: array[int]) -> None:
+        self._data = data
+        self._starts = starts  # of each string's length, and the end of the last
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str | bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str | bytes]: ...
+    def __getitem__(self, index: int | slice) -> str | bytes | list[str | bytes]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        i = range(len(self))[index]
+        return _decode(self._data[self._starts[i] + 8 : self._starts[i + 1]])
+
+    def __iter__(self) -> Iterator[str | bytes]:
+        for start, end in pairwise(self._starts):
+            yield _decode(self._data[start + 8 : end])
 
 
-@dataclass(frozen=True)
-class GGUFTensor(TensorInfo):
-    """A tensor with its place: `offset` bytes from the beginning of the file."""
-
-    offset: int = 0
-
-
-@dataclass(frozen=True)
-class GGUFHeader:
-    """All of a file but its weights. Strings that are not UTF-8 keep their bytes as surrogates (PEP 383)."""
-
-    version: int
-    metadata: dict[str, Any]
-    tensors: dict[str, GGUFTensor]
+def _decode(raw: memoryview) -> str | bytes:
+    try:
+        return str(raw, "utf-8")
+    except UnicodeDecodeError:
+        return bytes(raw)
 
 
 class _Cursor:
-    """Reads forward through the header, checking each step against the end of the file."""
+    """A place in the header that never moves past the bytes that are there."""
 
-    def __init__(self, data: memoryview, file_size: int, name: str) -> None:
-        self.data, self.file_size, self.name, self.pos = data, file_size, name, 0
+    def __init__(self, data: memoryview, size: int, file: str) -> None:
+        self.data, self.size, self.file, self.at = data, size, file, 0
 
-    def fail(self, message: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.name}: {message} (byte {self.pos})", "the file is damaged or not a GGUF file; download it again"
-        )
-
-    def need(self, nbytes: int, what: str) -> None:
-        """Raises unless `nbytes` more are in the file, and at hand."""
-        if nbytes > self.file_size - self.pos:
-            raise self.fail(f"{what} needs {nbytes} bytes, the file has {self.file_size - self.pos} left")
-        if nbytes > len(self.data) - self.pos:
-            raise NeedMoreBytes(self.pos + nbytes)
+    def take(self, nbytes: int, what: str) -> int:
+        """Step over these bytes; returns where they start."""
+        start, end = self.at, self.at + nbytes
+        if end > self.size:
+            where = f"{what} at byte {start} takes {nbytes} bytes and the file ends at {self.size}"
+            raise damaged(self.file, f"truncated, or a wrong length: {where}")
+        if end > len(self.data):
+            raise NeedMoreBytes(end)
+        self.at = end
+        return start
 
     def number(self, code: str, what: str) -> Any:
-        size = struct.calcsize("<" + code)
-        self.need(size, what)
-        value = struct.unpack_from("<" + code, self.data, self.pos)[0]
-        self.pos += size
-        return value
+        start = self.take(struct.calcsize("<" + code), what)
+        return struct.unpack_from("<" + code, self.data, start)[0]
 
-    def string(self, what: str) -> str:
-        length = self.number("Q", what)
-        if length > MAX_STRING:
-            raise self.fail(f"{what} is said to be {length} bytes long; the limit is {MAX_STRING}")
-        self.need(length, what)
-        text = bytes(self.data[self.pos : self.pos + length]).decode("utf-8", "surrogateescape")
-        self.pos += length
-        return text
+    def string(self, what: str, limit: int = MAX_STRING) -> str | bytes:
+        length = self.number("Q", f"the length of {what}")
+        if length > limit:
+            raise damaged(self.file, f"{what} at byte {self.at} has {length} bytes; {limit} are allowed")
+        start = self.take(length, what)
+        return _decode(self.data[start : self.at])
 
-    def value(self, kind: int, key: str) -> Any:
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind], f"value of {key}")
+    def name(self, what: str) -> str:
+        name = self.string(what, MAX_NAME)
+        if isinstance(name, bytes):
+            raise damaged(self.file, f"{what} before byte {self.at} is not UTF-8: {name[:80]!r}")
+        return name
+
+    def value(self, kind: int, what: str) -> Any:
         if kind == _STRING:
-            return self.string(f"value of {key}")
+            return self.string(what)
         if kind == _ARRAY:
-            return self.array(key)
-        raise self.fail(f"{key} has the unknown value type {kind}")
+            return self.array(what)
+        if kind not in _SCALARS:
+            raise damaged(self.file, f"{what} has the unknown value type {kind}")
+        number = self.number(_SCALARS[kind], what)
+        if kind == _BOOL and number > 1:
+            raise damaged(self.file, f"{what} is a boolean of value {number}")
+        return bool(number) if kind == _BOOL else number
 
-    def array(self, key: str) -> Any:
-        kind, count = self.number("I", f"array {key}"), self.number("Q", f"array {key}")
+    def array(self, what: str) -> Any:
+        """A StringArray, or a numpy array (of numbers: a view of the data; of bool)."""
+        kind, count = self.number("I", f"the type of {what}"), self.number("Q", f"the length of {what}")
         if count > MAX_ITEMS:
-            raise self.fail(f"array {key} is said to have {count} items; the limit is {MAX_ITEMS}")
-        if kind in _SCALARS:
-            dtype = np.dtype(_DTYPES[kind])
-            self.need(count * dtype.itemsize, f"array {key}")
-            items = np.frombuffer(self.data, dtype, count, self.pos).copy()
-            self.pos += count * dtype.itemsize
-            return items
+            raise damaged(self.file, f"{what} has {count} items; {MAX_ITEMS} are allowed")
         if kind == _STRING:
-            return self.strings(count, key)
-        raise self.fail(f"array {key} has items of the unsupported type {kind}")
+            return self.strings(count, what)
+        if kind not in _SCALARS:
+            raise damaged(self.file, f"{what} has items of the unknown or nested type {kind}")
+        dtype = np.dtype("<" + _SCALARS[kind])
+        items = np.frombuffer(self.data, dtype, count, self.take(count * dtype.itemsize, what))
+        return items != 0 if kind == _BOOL else items
 
-    def strings(self, count: int, key: str) -> list[str]:
-        """A vocabulary may have a quarter of a million entries: no calls in this loop but the decoding itself."""
-        self.need(8 * count, f"array {key}")
-        data, pos, end, out = self.data, self.pos, len(self.data), []
-        unpack = struct.Struct("<Q").unpack_from
+    def strings(self, count: int, what: str) -> StringArray:
+        at = self.at
+        self.take(8 * count, what)  # the lengths alone
+        data, end, unpack = self.data, len(self.data), struct.Struct("<Q").unpack_from
+        starts = array("Q")
         for _ in range(count):
-            if pos + 8 > end:
-                break
-            stop = pos + 8 + unpack(data, pos)[0]
-            if stop > end or stop - pos > MAX_STRING:
-                break
-            out.append(str(data[pos + 8 : stop], "utf-8", "surrogateescape"))
-            pos = stop
-        self.pos = pos
-        while len(out) < count:  # the loop above stopped early: read on with the checks that say what is wrong
-            out.append(self.string(f"item {len(out)} of {key}"))
-        return out
+            starts.append(at)
+            stop = at + 8
+            if stop <= end:
+                stop += unpack(data, at)[0]
+            if stop > end or stop - at > MAX_STRING:
+                self.at = at
+                self.string(f"a string of {what}")  # finds the same and raises
+            at = stop
+        self.at = at
+        starts.append(at)
+        return StringArray(data, starts)
 
 
-def read_header(data: bytes | memoryview, file_size: int, name: str = "the file") -> GGUFHeader:
-    """Parse a header from the first bytes of a file of `file_size` bytes.
+def read_header(data: bytes | memoryview, size: int, file: str = "GGUF header") -> Header:
+    """Parse a header from the first bytes of a file of `size` bytes; `file` is its name for messages.
 
-    Raises NeedMoreBytes if `data` ends before the header does, CheckpointError for anything that cannot be, and
-    UnsupportedError for versions and tensor types that are not supported.
+    Raises NeedMoreBytes if `data` ends before the header does, CheckpointError for a damaged header, UnsupportedError
+    for other versions, big-endian files and tensor types of unknown size.
     """
-    cursor = _Cursor(memoryview(data), file_size, name)
-    cursor.need(24, "the header")
-    if bytes(cursor.data[:4]) != MAGIC:
-        raise cursor.fail(f"does not begin with GGUF but with {bytes(cursor.data[:4])!r}")
-    cursor.pos = 4
-    version = cursor.number("I", "version")
-    if version in (1, 2 << 24, 3 << 24) or version not in (2, 3):
-        what = "big-endian" if version >= 1 << 24 else f"version {version}"
-        raise UnsupportedError(f"{name}: GGUF {what} is not supported", "convert it with the current llama.cpp tools")
-    tensor_count, key_count = cursor.number("Q", "tensor count"), cursor.number("Q", "key count")
-    room = file_size - cursor.pos
-    if key_count > MAX_KEYS or key_count * _MIN_KEY > room:
-        raise cursor.fail(f"{key_count} keys do not fit into the file")
-    if tensor_count > MAX_TENSORS or tensor_count * _MIN_TENSOR > room:
-        raise cursor.fail(f"{tensor_count} tensors do not fit into the file")
-    metadata = _read_metadata(cursor, key_count)
-    return GGUFHeader(version, metadata, _read_tensors(cursor, tensor_count, _alignment(cursor, metadata)))
-
-
-def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
+    cursor = _Cursor(memoryview(data), size, file)
+    _check_version(cursor)
+    num_tensors, num_keys = cursor.number("Q", "the number of tensors"), cursor.number("Q", "the number of keys")
+    for count, least, what in ((num_tensors, 32, "tensors"), (num_keys, 13, "metadata keys")):
+        if count > MAX_ENTRIES or count * least > size - cursor.at:
+            raise damaged(file, f"{count} {what} are declared; {MAX_ENTRIES} are allowed, in a file of {size} bytes")
     metadata: dict[str, Any] = {}
-    for index in range(count):
-        key = cursor.string(f"key {index}")
+    for _ in range(num_keys):
+        key, kind = cursor.name("a metadata key"), cursor.number("I", "the type of a value")
+        value = cursor.value(kind, repr(key))
         if key in metadata:
-            raise cursor.fail(f"key {key!r} stands twice")
-        metadata[key] = cursor.value(cursor.number("I", f"type of {key!r}"), key)
-    return metadata
-
-
-def _alignment(cursor: _Cursor, metadata: Mapping[str, Any]) -> int:
+            raise damaged(file, f"duplicate metadata key {key!r}")
+        if key == "general.alignment" and (kind != _UINT32 or value == 0 or value & (value - 1)):
+            raise damaged(file, f"general.alignment must be a power of two in a uint32, not type {kind}: {value!r}")
+        metadata[key] = value
+    tensors: dict[str, TensorInfo] = {}
+    offsets: dict[str, int] = {}
+    for _ in range(num_tensors):
+        info = _tensor(cursor)
+        if info.name in tensors:
+            raise damaged(file, f"duplicate tensor {info.name!r}")
+        tensors[info.name], offsets[info.name] = info, cursor.number("Q", f"the offset of {info.name!r}")
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or isinstance(alignment, bool) or not 8 <= alignment <= 1 << 20:
-        raise cursor.fail(f"general.alignment is {alignment!r}")
-    if alignment & (alignment - 1):
-        raise cursor.fail(f"general.alignment {alignment} is not a power of two")
-    return alignment
+    start = -(-cursor.at // alignment) * alignment
+    for name, offset in offsets.items():
+        begin, end = start + offset, start + offset + tensors[name].nbytes
+        if offset % alignment:
+            raise damaged(file, f"tensor {name!r} at offset {offset} is not aligned to {alignment} bytes")
+        if end > size:
+            raise damaged(file, f"truncated: tensor {name!r} is at bytes {begin} to {end}, the file ends at {size}")
+        offsets[name] = begin
+    check_no_overlap(file, tensors, offsets)
+    return Header(metadata, tensors, offsets, start)
 
 
-def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> dict[str, GGUFTensor]:
-    entries = []
-    for index in range(count):
-        name = cursor.string(f"name of tensor {index}")
-        dims = cursor.number("I", f"dimensions of {name!r}")
-        if not 1 <= dims <= MAX_DIMS:
-            raise cursor.fail(f"tensor {name!r} has {dims} dimensions")
-        shape = tuple(cursor.number("Q", f"shape of {name!r}") for _ in range(dims))[::-1]
-        type_id = cursor.number("I", f"type of {name!r}")
-        entries.append((name, shape, type_id, cursor.number("Q", f"offset of {name!r}")))
-    start = -(-cursor.pos // alignment) * alignment
-    tensors: dict[str, GGUFTensor] = {}
-    for name, shape, type_id, offset in entries:
-        if name in tensors:
-            raise cursor.fail(f"tensor {name!r} stands twice")
-        tensors[name] = _check_tensor(cursor, name, shape, type_id, start, offset, alignment)
-    end = start
-    for tensor in sorted(tensors.values(), key=lambda t: t.offset):
-        if tensor.offset < end:
-            raise cursor.fail(f"tensor {tensor.name!r} at byte {tensor.offset} overlaps the one before it")
-        end = tensor.offset + tensor.nbytes
-    return tensors
+def _check_version(cursor: _Cursor) -> None:
+    cursor.take(4, "the magic")
+    if (magic := bytes(cursor.data[:4])) != MAGIC:
+        raise damaged(cursor.file, f"not a GGUF file: it starts with {magic!r}")
+    version = cursor.number("I", "the version")
+    if version not in (2, 3):
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+        what = f"is big-endian (version {swapped})" if 0 < swapped < 256 else f"has version {version}"
+        hint = "Chandra reads little-endian GGUF 2 and 3: convert the model again"
+        raise UnsupportedError(f"{cursor.file}: the GGUF file {what}", hint)
 
 
-def _check_tensor(
-    cursor: _Cursor, name: str, shape: tuple[int, ...], type_id: int, start: int, offset: int, alignment: int
-) -> GGUFTensor:
-    if 0 in shape or math.prod(shape) > 1 << 48:
-        raise cursor.fail(f"tensor {name!r} has the impossible shape {shape}")
-    fmt = format_of_ggml_type(type_id)
-    if shape[-1] % fmt.block_size:
-        raise cursor.fail(
-            f"tensor {name!r}: rows of {shape[-1]} values are not blocks of {fmt.block_size} ({fmt.name})"
-        )
-    nbytes = fmt.nbytes(shape)
-    if offset % alignment or start + offset + nbytes > cursor.file_size:
-        raise cursor.fail(
-            f"tensor {name!r} has {nbytes} bytes at byte {start + offset}; the file has {cursor.file_size}"
-            f" and is aligned to {alignment}"
-        )
-    return GGUFTensor(name, shape, fmt.name, nbytes, start + offset)
+def _tensor(cursor: _Cursor) -> TensorInfo:
+    name = cursor.name("a tensor's name")
+    what = f"tensor {name!r}"
+    num_dims = cursor.number("I", f"the rank of {what}")
+    if not 1 <= num_dims <= MAX_DIMS:
+        raise damaged(cursor.file, f"{what} has {num_dims} dimensions; 1 to {MAX_DIMS} are allowed")
+    shape = tuple(cursor.number("Q", f"the shape of {what}") for _ in range(num_dims))[::-1]  # stored columns first
+    kind = cursor.number("I", f"the type of {what}")
+    try:
+        format_name, block_size, block_bytes = _UNSUPPORTED.get(kind) or _block(kind)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{cursor.file}: {what}: {error.message}", error.hint) from None
+    if 0 in shape or shape[-1] % block_size:
+        raise damaged(cursor.file, f"{what} of {format_name} has a shape of zeros or broken blocks: {shape}")
+    return TensorInfo(name, shape, format_name, math.prod(shape) // block_size * block_bytes)
 
 
-class GGUFCheckpoint:
-    """A GGUF file, or all shards of one. Opening any shard opens all."""
-
-    kind = "gguf"
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tensors: dict[str, GGUFTensor] = {}
-        self._files: list[MappedFile] = []
-        self._file_of: dict[str, MappedFile] = {}
-        try:
-            for index, shard in enumerate(shard_paths(path)):
-                header = self._open(shard)
-                if index == 0:
-                    self.metadata = header.metadata
-        except Exception:
-            self.close()
-            raise
-        count = self.metadata.get("split.tensors.count", len(self.tensors))
-        if count != len(self.tensors):
-            self.close()
-            raise CheckpointError(f"{path}: the shards have {len(self.tensors)} tensors instead of {count}")
-
-    def _open(self, path: Path) -> GGUFHeader:
-        file = MappedFile(path)
-        self._files.append(file)
-        header = read_header(file.bytes, file.size, str(path))
-        for name, tensor in header.tensors.items():
-            if name in self.tensors:
-                raise CheckpointError(f"{path}: tensor {name!r} is in another shard too")
-            self.tensors[name], self._file_of[name] = tensor, file
-        return header
-
-    def read(self, name: str) -> PackedWeight:
-        """The tensor as a view of the mapped file. Raises CheckpointError if there is none or the file shrank."""
-        if name not in self.tensors:
-            raise CheckpointError(f"{self.path} has no tensor {name!r}")
-        info = self.tensors[name]
-        fmt = get_format(info.format)
-        data = self._file_of[name].view(info.offset, info.nbytes, name).reshape(fmt.parts(info.shape)[0].shape)
-        return PackedWeight(fmt, info.shape, {"data": data})
-
-    def release(self, name: str) -> None:
-        info = self.tensors[name]
-        self._file_of[name].release(info.offset, info.nbytes)
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
+def _block(kind: int) -> tuple[str, int, int]:
+    found = format_of_ggml_type(kind)
+    return found.name, found.block_size, found.block_bytes
 
 
-def shard_paths(path: Path) -> list[Path]:
-    """All shards of a GGUF file named like `x-00001-of-00003.gguf`; any other file is its own only one.
+def shard_group(path: Path) -> str:
+    """What the names of a model's shards have in common; the whole name of a file that is no shard."""
+    match = _SHARD.fullmatch(path.name)
+    return f"{match[1]}-of-{match[3]}" if match else path.name
 
-    Raises CheckpointError if one is missing.
+
+def open_gguf(path: Path) -> MappedCheckpoint:
+    """Open a GGUF file, or all shards of the model that this one belongs to; metadata is that of the first shard.
+
+    Raises what `read_header` raises, and CheckpointError for missing or mixed-up shards.
     """
-    match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.gguf", path.name)
-    if match is None:
-        return [path]
-    total = int(match[3])
-    if not 1 <= int(match[2]) <= total:
-        raise CheckpointError(f"{path}: shard {match[2]} of {match[3]}")
-    shards = [path.with_name(f"{match[1]}-{index:05d}-of-{match[3]}.gguf") for index in range(1, total + 1)]
-    missing = [shard.name for shard in shards if not shard.exists()]
-    if missing:
-        raise CheckpointError(f"{path}: missing shards {', '.join(missing[:4])}", "download them next to it")
+    parts = [_open(path)]
+    count = parts[0][1].metadata.get("split.count", 1)
+    if not isinstance(count, int) or not 0 <= count <= MAX_SHARDS:
+        raise damaged(path, f"split.count is {count!r}")
+    if count > 1:
+        parts = [_open(shard) for shard in _shards(path, count)]
+        for number, (file, header) in enumerate(parts):
+            own = header.metadata.get("split.no"), header.metadata.get("split.count")
+            if own != (number, count):
+                raise damaged(file.path, f"its split.no and split.count are {own}, not {(number, count)}")
+    return MappedCheckpoint("gguf", parts[0][0].path, parts[0][1].metadata, parts)
+
+
+def _open(path: Path) -> tuple[MappedFile, Header]:
+    file = MappedFile(path)
+    return file, read_header(file.view(), file.size, str(path))
+
+
+def _shards(path: Path, count: int) -> list[Path]:
+    match = _SHARD.fullmatch(path.name)
+    if match is None or int(match[3]) != count:
+        hint = f"name the shards model-00001-of-{count:05}.gguf and so on, in one folder"
+        raise CheckpointError(f"{path} is one of {count} shards, and its name does not say which", hint)
+    shards = [path.with_name(f"{match[1]}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
+    if missing := [shard.name for shard in shards if not shard.exists()]:
+        what = f"{len(missing)} of {count} shards are missing in {path.parent}: {', '.join(missing[:5])}"
+        raise CheckpointError(what, "put all shards of the model into one folder")
     return shards
