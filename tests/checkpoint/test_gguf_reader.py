@@ -117,8 +117,6 @@ def test_views_survive_release_and_close(tmp_path: Path) -> None:
     assert data.tobytes() == raw
     checkpoint.close()
     assert data.tobytes() == raw
-    del data
-    checkpoint.close()
     with pytest.raises(CheckpointError, match="closed"):
         checkpoint.read("w")
 
@@ -297,7 +295,7 @@ def test_more_bytes_are_asked_for_until_the_header_is_whole(model: Path) -> None
             partial = read_header(raw[: asked[-1]], len(raw))
             break
         except NeedMoreBytes as more:
-            asked.append(more.total)
+            asked.append(more.nbytes)
     assert len(asked) > 10
     assert asked == sorted(set(asked))
     assert asked[-1] <= whole.nbytes
@@ -305,16 +303,16 @@ def test_more_bytes_are_asked_for_until_the_header_is_whole(model: Path) -> None
     assert partial.offsets == whole.offsets
 
 
-def test_strings_that_are_not_utf8_come_as_bytes(tmp_path: Path) -> None:
+def test_strings_that_are_not_utf8_keep_their_bytes(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(header([strings("k", [b"ok", b"\xff\xfe", b"", "ü".encode()]), key("s", 8, string(b"\xc3"))]))
     metadata = open_checkpoint(path).metadata
     items = metadata["k"]
-    assert list(items) == ["ok", b"\xff\xfe", "", "ü"]
+    assert [item.encode("utf-8", "surrogateescape") for item in items] == [b"ok", b"\xff\xfe", b"", "ü".encode()]
     assert [items[i] for i in range(-4, 4)] == list(items) * 2
-    assert items[1:3] == [b"\xff\xfe", ""]
+    assert items[1:3] == list(items)[1:3]
     assert len(items) == 4
-    assert metadata["s"] == b"\xc3"
+    assert metadata["s"] == "\udcc3"
     with pytest.raises(IndexError):
         items[4]
 

@@ -49,8 +49,11 @@ _UNSUPPORTED: dict[int, tuple[str, int, int]] = {
 }
 
 
-class StringArray(Sequence[str | bytes]):
-    """The strings of an array, decoded when asked for; `bytes` where they are not UTF-8."""
+class StringArray(Sequence[str]):
+    """The strings of an array, decoded when asked for: a list of 262,144 tokens would take 20 MB.
+
+    Bytes that are not UTF-8 are carried as surrogate escapes (PEP 383).
+    """
 
     def __init__(self, data: memoryview, starts: array[int]) -> None:
         self._data = data
@@ -60,25 +63,18 @@ class StringArray(Sequence[str | bytes]):
         return len(self._starts) - 1
 
     @overload
-    def __getitem__(self, index: int) -> str | bytes: ...
+    def __getitem__(self, index: int) -> str: ...
     @overload
-    def __getitem__(self, index: slice) -> list[str | bytes]: ...
-    def __getitem__(self, index: int | slice) -> str | bytes | list[str | bytes]:
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         i = range(len(self))[index]
-        return _decode(self._data[self._starts[i] + 8 : self._starts[i + 1]])
+        return str(self._data[self._starts[i] + 8 : self._starts[i + 1]], "utf-8", "surrogateescape")
 
-    def __iter__(self) -> Iterator[str | bytes]:
+    def __iter__(self) -> Iterator[str]:
         for start, end in pairwise(self._starts):
-            yield _decode(self._data[start + 8 : end])
-
-
-def _decode(raw: memoryview) -> str | bytes:
-    try:
-        return str(raw, "utf-8")
-    except UnicodeDecodeError:
-        return bytes(raw)
+            yield str(self._data[start + 8 : end], "utf-8", "surrogateescape")
 
 
 class _Cursor:
@@ -102,18 +98,18 @@ class _Cursor:
         start = self.take(struct.calcsize("<" + code), what)
         return struct.unpack_from("<" + code, self.data, start)[0]
 
-    def string(self, what: str, limit: int = MAX_STRING) -> str | bytes:
+    def string(self, what: str, limit: int = MAX_STRING, errors: str = "surrogateescape") -> str:
         length = self.number("Q", f"the length of {what}")
         if length > limit:
             raise damaged(self.file, f"{what} at byte {self.at} has {length} bytes; {limit} are allowed")
         start = self.take(length, what)
-        return _decode(self.data[start : self.at])
+        try:
+            return str(self.data[start : self.at], "utf-8", errors)
+        except UnicodeDecodeError as error:
+            raise damaged(self.file, f"{what} at byte {start} is not UTF-8: {error}") from None
 
     def name(self, what: str) -> str:
-        name = self.string(what, MAX_NAME)
-        if isinstance(name, bytes):
-            raise damaged(self.file, f"{what} before byte {self.at} is not UTF-8: {name[:80]!r}")
-        return name
+        return self.string(what, MAX_NAME, "strict")
 
     def value(self, kind: int, what: str) -> Any:
         if kind == _STRING:

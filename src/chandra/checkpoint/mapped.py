@@ -24,11 +24,11 @@ MAX_JSON_MARKS = 2_000_000  # brackets and commas: they bound the memory that pa
 
 
 class NeedMoreBytes(Exception):  # a signal between readers and downloads, not an error: no user sees it
-    """A header goes on behind the bytes at hand: at least the first `total` bytes of the file are needed."""
+    """A header goes on behind the bytes at hand: at least the first `nbytes` of the file are needed."""
 
-    def __init__(self, total: int) -> None:
-        super().__init__(f"the header needs the first {total} bytes")
-        self.total = total
+    def __init__(self, nbytes: int) -> None:
+        super().__init__(f"the header needs the first {nbytes} bytes")
+        self.nbytes = nbytes
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class MappedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._closed = path, False
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise CheckpointError(f"{path} is not a regular file", "give a model file, or the folder that holds it")
@@ -108,7 +108,7 @@ class MappedFile:
     def array(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """These bytes of the file as a view. Raises CheckpointError if the file has shrunk: to touch pages behind its
         end would kill the process."""
-        if self._map.closed:
+        if self._closed:
             raise CheckpointError(f"{self.path} has been closed", "open the checkpoint again")
         if (size := self._map.size()) < self.size:
             raise damaged(self.path, f"the file had {self.size} bytes when it was opened and now has {size}")
@@ -118,10 +118,11 @@ class MappedFile:
         """Drop the pages that lie wholly inside these bytes from the process; touched again, they are read again."""
         first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-        if length > 0 and not self._map.closed and hasattr(self._map, "madvise"):
+        if length > 0 and not self._closed and hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_DONTNEED, first, length)
 
     def close(self) -> None:
+        self._closed = True
         with suppress(BufferError):  # views are still alive: the mapping goes with the last of them
             self._map.close()
 
