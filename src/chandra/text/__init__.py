@@ -1,10 +1,10 @@
-"""Text in and out of a model: tokenizers, the streaming detokenizer, stop strings.
+"""Between text and token ids: tokenizers, chat templates, streaming text and stop strings."""
 
-Chat templates are in `chandra.text.template`, imported where a chat is rendered: Jinja takes 7 MB.
-"""
+from __future__ import annotations
 
 from chandra.text.detokenizer import StopMatcher, StreamDetokenizer
 from chandra.text.sources import load_tokenizer
+from chandra.text.template import ChatTemplate, has_template
 from chandra.text.tokenizer import Tokenizer
 
-__all__ = ["StopMatcher", "StreamDetokenizer", "Tokenizer", "load_tokenizer"]
+__all__ = ["ChatTemplate", "StopMatcher", "StreamDetokenizer", "Tokenizer", "has_template", "load_tokenizer"]

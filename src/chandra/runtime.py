@@ -1,0 +1,166 @@
+"""The composition root: store -> plan -> load -> engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chandra.backends import make_backend
+from chandra.checkpoint import Checkpoint, open_checkpoint
+from chandra.config import Settings
+from chandra.engine import Engine, EngineConfig
+from chandra.kvcache import KVPool, group_layers
+from chandra.memory.host import resident_bytes
+from chandra.memory.ledger import Kind, Ledger
+from chandra.memory.plan import Plan
+from chandra.models import Backends, Decoder, ModelSpec, load_decoder, read_spec
+from chandra.ops.contracts import Backend
+from chandra.planner import PlanRequest, discover, plan, plannable
+from chandra.store import Store, StoredModel, parse_name
+from chandra.text import ChatTemplate, Tokenizer, has_template, load_tokenizer
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Bytes of one kind on one device: what the plan said, what is reserved now, and the most there ever was."""
+
+    device: str
+    kind: str
+    predicted: int
+    actual: int
+    peak: int
+
+
+@dataclass(eq=False)
+class Runtime:
+    """A loaded model: everything that answers need. Close it to give all memory back."""
+
+    stored: StoredModel
+    spec: ModelSpec
+    plan: Plan
+    ledger: Ledger
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    base_model: bool  # no chat template of its own: it continues text
+    engine: Engine
+    decoder: Decoder
+    pool: KVPool
+    checkpoint: Checkpoint
+    load_seconds: float = 0.0
+    _closed: bool = field(default=False, init=False)
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    def memory(self) -> tuple[MemoryRow, ...]:
+        """Predicted against actual, per device and kind; the host's resident set as the system counts it comes last."""
+        rows = {(row.device, row.kind): row for row in self.ledger.rows()}
+        predicted = {(p.device, p.kind): p.nbytes for p in self.plan.predictions}
+        out = []
+        for key in sorted(rows.keys() | predicted.keys()):
+            row = rows.get(key)
+            actual, peak = (row.reserved, row.peak) if row else (0, 0)
+            out.append(MemoryRow(key[0], str(key[1]), predicted.get(key, 0), actual, peak))
+        resident = sum(resident_bytes())
+        out.append(MemoryRow("cpu", "resident", self.plan.predicted("cpu"), resident, peak_resident()))
+        return tuple(out)
+
+    def close(self) -> None:
+        """Give everything back; doing so twice is harmless."""
+        if not self._closed:
+            self._closed = True
+            self.pool.close()
+            self.decoder.close()
+            self.checkpoint.close()
+
+
+def peak_resident() -> int:
+    """The most bytes this process ever had in memory."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def load(
+    model: str | Path | StoredModel, request: PlanRequest, settings: Settings, progress: Progress | None = None
+) -> Runtime:
+    """Find, plan and load a model. Raises what these steps raise; nothing stays reserved then."""
+    started = time.monotonic()
+    stored = find(model, settings, progress)
+    checkpoint = open_checkpoint(stored.path)
+    try:
+        spec = read_spec(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
+        tokenizer.check_rows(spec.vocab_size)
+        template = ChatTemplate.of(tokenizer, spec.arch)
+        request = request.with_defaults(settings)
+        constraints = request.constraints()
+        devices, machine = discover(request, settings)
+        made = plan(plannable(stored.name, spec, checkpoint), devices, machine, constraints)
+        ledger = Ledger(made.devices)
+        for name in {part.device for part in made.parts()} | {"cpu"}:
+            ledger.reserve(name, Kind.RUNTIME, machine.of(name).runtime)
+        backends = {d.name: make_backend(d, settings.threads, settings.cpu) for d in made.devices if _used(made, d.name)}
+        decoder = _load_weights(checkpoint, spec, made, backends, ledger, progress)
+        try:
+            pool = _make_pool(spec, made, backends, ledger)
+        except BaseException:
+            decoder.close()
+            raise
+    except BaseException:
+        checkpoint.close()
+        raise
+    config = EngineConfig(made.workload.context, made.max_num_seqs, made.chunk, made.max_logit_rows)
+    engine = Engine(decoder, pool, config, spec.vocab_size, tokenizer.eos_ids)
+    base = not has_template(tokenizer) and stored.template is None
+    return Runtime(
+        stored, spec, made, ledger, tokenizer, template, base, engine, decoder, pool, checkpoint,
+        load_seconds=time.monotonic() - started,
+    )  # fmt: skip
+
+
+def find(model: str | Path | StoredModel, settings: Settings, progress: Progress | None = None) -> StoredModel:
+    """The model of a name or path, pulled if the store lacks it. Raises ModelNotFound, StoreError."""
+    if isinstance(model, StoredModel):
+        return model
+    return Store(settings.home).pull(str(model), progress=progress)
+
+
+def _used(made: Plan, device: str) -> bool:
+    return device == "cpu" or any(part.device == device for part in made.parts())
+
+
+def _load_weights(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    made: Plan,
+    backends: Mapping[str, Backend],
+    ledger: Ledger,
+    progress: Progress | None,
+) -> Decoder:
+    places = Backends(
+        backends[made.embedding.device],
+        tuple(backends[part.device] for part in made.layers),
+        backends[made.head.device],
+    )
+    return load_decoder(
+        checkpoint,
+        spec,
+        places,
+        ledger,
+        context_length=made.workload.context,
+        max_rows=made.chunk,
+        max_logit_rows=made.max_logit_rows,
+        progress=(lambda done, total: progress("loading", done, total)) if progress else None,
+    )
+
+
+def _make_pool(spec: ModelSpec, made: Plan, backends: Mapping[str, Backend], ledger: Ledger) -> KVPool:
+    groups = group_layers([layer.attention for layer in spec.layers], [part.device for part in made.layers])
+    return KVPool(groups, made.num_blocks, made.block_size, made.kv_type, backends, ledger)
