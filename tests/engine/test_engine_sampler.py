@@ -19,7 +19,11 @@ Row = np.ndarray[Any, np.dtype[np.float32]]
 NO_HISTORY = np.array([], dtype=np.int32)
 
 logits = st.integers(1, 300).flatmap(
-    lambda n: arrays(np.float32, n, elements=st.sampled_from([-3.0, 0.0, 0.5, 1.0, 2.5]) | st.integers(-2000, 2000).map(lambda i: i / 128))
+    lambda n: arrays(
+        np.float32,
+        n,
+        elements=st.sampled_from([-3.0, 0.0, 0.5, 1.0, 2.5]) | st.integers(-2000, 2000).map(lambda i: i / 128),
+    )
 )
 
 
