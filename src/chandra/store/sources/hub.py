@@ -1,13 +1,164 @@
-"""Repositories of the Hugging Face Hub."""
+"""Repositories of the Hugging Face Hub, in the Hub's own cache, which other programs share.
+
+Large files are fetched by our downloader to where the cache would put them (`blobs/<sha256>`), because that resumes
+after a kill; `hf_hub_download` then finds them there. HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are obeyed.
+"""
 
 from __future__ import annotations
 
-from chandra.errors import UnsupportedError
-from chandra.store.download import Progress
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import httpx
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars
+from huggingface_hub.utils import httpx as hub_httpx
+
+from chandra.errors import DownloadError, ModelNotFound, UnsupportedError, UsageError
+from chandra.store.download import Downloader
 from chandra.store.manifests import StoredModel
+from chandra.store.parts import Progress, locked, storing
+
+DEFAULT_QUANT = "Q4_K_M"
+_INSTEAD = ("Q4_K_S", "Q4_K", "Q4", "IQ4_NL", "IQ4_XS", "Q4_0", "Q4_1", "Q3_K_L", "Q3_K_M", "Q3_K_S")
+_QUANT = re.compile(r"(?:^|[-._/])((?:UD-)?(?:I?Q[1-8]|TQ[12]|F16|BF16|F32|FP16|FP32|MXFP4)(?:_\w+)?)$", re.IGNORECASE)
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+_FOLDER = (".safetensors", ".json", ".model", ".txt", ".jinja")
+_MAX_PLAIN = 50_000_000_000  # bytes; the Hub serves larger files in its own way only
 
 
-def fetch(repo: str, quant: str, name: str, progress: Progress) -> StoredModel:
-    """The GGUF file of `quant`, or the safetensors folder, of a repository."""
-    del quant, name, progress
-    raise UnsupportedError(f"{repo}: models of the Hub cannot be pulled yet")
+@dataclass(frozen=True)
+class File:
+    size: int
+    sha256: str | None = None
+
+
+def fetch(repo: str, quant: str, name: str, locks: Path, timeout: float, progress: Progress) -> StoredModel:
+    """The GGUF file of a quantization ("": Q4_K_M, or else the next best), or the safetensors files of a repository.
+
+    Raises ModelNotFound, UnsupportedError, UsageError, DownloadError, DigestMismatch, DiskFull or StoreError.
+    """
+    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    with _our_errors(repo):
+        try:
+            info = HfApi().model_info(repo, files_metadata=True, timeout=timeout)
+        except (OfflineModeIsEnabled, hub_httpx.TransportError):
+            snapshot = _newest_snapshot(cache)
+            if snapshot is None:
+                raise
+            files = {str(p.relative_to(snapshot)): File(p.stat().st_size) for p in snapshot.rglob("*") if p.is_file()}
+            names, label = choose_files(repo, files, quant)
+            paths, terms = [snapshot / file for file in names], ""
+        else:
+            files = {
+                s.rfilename: File(s.size or 0, s.lfs.sha256 if s.lfs else None)
+                for s in info.siblings or []
+                if s.rfilename
+            }
+            names, label = choose_files(repo, files, quant)
+            terms = str(info.card_data.get("license") or "") if info.card_data else ""
+            paths = [_bring(repo, file, files[file], cache, locks, timeout, progress, name) for file in names]
+    gguf = names[0].endswith(".gguf")
+    only = files[names[0]] if len(names) == 1 else None
+    note = f"no {DEFAULT_QUANT} there: {label} was taken" if gguf and not quant and label != DEFAULT_QUANT else ""
+    if note:
+        progress(f"{name}: {note}", 0, 0)
+    return StoredModel(
+        name=name,
+        path=paths[0] if gguf else paths[0].parent,
+        size=sum(files[file].size for file in names),
+        source="hub",
+        origin=f"{repo}: {names[0]}" if gguf else repo,
+        digest=f"sha256-{only.sha256}" if only and only.sha256 else "",
+        license=terms,
+        note=note,
+    )
+
+
+def choose_files(repo: str, files: Mapping[str, File], quant: str) -> tuple[list[str], str]:
+    """The files to take, the first of a GGUF's shards first, and the label of their quantization."""
+    groups: dict[str, list[str]] = {}
+    shards: dict[str, int] = {}
+    for file in sorted(files):
+        path = PurePosixPath(file)
+        if path.suffix == ".gguf" and not path.name.lower().startswith(("mmproj", "imatrix")):
+            stem = file[: -len(".gguf")]
+            shard = _SHARD.search(stem)
+            stem = stem[: shard.start()] if shard else stem
+            found = _QUANT.search(stem)
+            label = found[1].upper() if found else path.name.upper()
+            groups.setdefault(label, []).append(file)
+            shards[label] = int(shard[2]) if shard else 1
+    groups = {label: names for label, names in groups.items() if len(names) >= shards[label]}
+    if groups:
+        wanted = (quant.upper(),) if quant else (DEFAULT_QUANT, *_INSTEAD, *_smallest(groups, files))
+        label = next((label for label in wanted if label in groups), "")
+        if not label:
+            raise ModelNotFound(f"{repo} has no {quant}", f"it has {', '.join(sorted(groups))}")
+        return groups[label][: shards[label]], label
+    names = [file for file in sorted(files) if "/" not in file and file.endswith(_FOLDER)]
+    if quant or "config.json" not in names or not any(file.endswith(".safetensors") for file in names):
+        raise UnsupportedError(
+            f"{repo} has no GGUF{' and no safetensors' if not quant else ''} model", "try another repository"
+        )
+    return names, ""
+
+
+def _smallest(groups: Mapping[str, list[str]], files: Mapping[str, File]) -> list[str]:
+    return sorted(groups, key=lambda label: sum(files[file].size for file in groups[label]))
+
+
+def _bring(
+    repo: str, file: str, what: File, cache: Path, locks: Path, timeout: float, progress: Progress, name: str
+) -> Path:
+    """Path of a file in the snapshot of the cache."""
+    if what.sha256 is not None and what.size <= _MAX_PLAIN:
+        blob = cache / "blobs" / what.sha256
+        phase = f"pulling {name} ({file})"
+        with locked(locks / f"sha256-{what.sha256}.lock", progress, phase):
+            if not blob.exists():
+                with httpx.Client(timeout=timeout, headers=build_hf_headers()) as client:
+                    Downloader(client, progress).fetch(hf_hub_url(repo, file), blob, what.sha256, what.size, phase)
+    disable_progress_bars("huggingface_hub")
+    with storing(cache):
+        return Path(hf_hub_download(repo, file))
+
+
+def _newest_snapshot(cache: Path) -> Path | None:
+    snapshots = [path for path in (cache / "snapshots").glob("*") if path.is_dir()]
+    return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
+
+
+@contextmanager
+def _our_errors(repo: str) -> Iterator[None]:
+    try:
+        yield
+    except HFValidationError as error:
+        raise UsageError(f"not a repository of the Hub: {repo}", str(error)) from error
+    except GatedRepoError as error:
+        hint = "accept them on its page, then set HF_TOKEN or run `hf auth login`"
+        raise DownloadError(f"{repo} has terms that must be accepted on the Hub first", hint) from error
+    except RepositoryNotFoundError as error:
+        hint = "check the name; for a private repository set HF_TOKEN or run `hf auth login`"
+        raise ModelNotFound(f"the Hub has no repository {repo}", hint) from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        hint = "unset HF_HUB_OFFLINE, or pull it once while there is a network"
+        raise DownloadError(f"{repo} is not in the Hub's cache and the Hub cannot be asked", hint) from error
+    except EntryNotFoundError as error:
+        raise ModelNotFound(f"{repo}: {error}", "check the name") from error
+    except (HfHubHTTPError, hub_httpx.TransportError) as error:
+        text = str(error).partition("\n")[0]
+        raise DownloadError(f"cannot read {repo} from the Hub: {text}", "check the network and HF_ENDPOINT") from error

@@ -15,9 +15,10 @@ from typing import Any
 import httpx
 
 from chandra.errors import DigestMismatch, DownloadError, UnsupportedError, UsageError
-from chandra.store.download import Downloader, Progress, read_page
+from chandra.store.download import Downloader, read_page
 from chandra.store.manifests import StoredModel
 from chandra.store.names import Name, parse_digest
+from chandra.store.parts import Progress
 from chandra.store.sources import Delivery
 
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"

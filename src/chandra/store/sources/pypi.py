@@ -24,7 +24,8 @@ import httpx
 
 from chandra.errors import DownloadError, ModelNotFound
 from chandra.store.catalog import Package
-from chandra.store.download import CHUNK, Downloader, Page, PartFile, Progress, read_page
+from chandra.store.download import Downloader, Page, read_page
+from chandra.store.parts import CHUNK, PartFile, Progress
 
 _ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.5, text/html;q=0.1"
 _ASK_PIP = """
