@@ -7,7 +7,7 @@ from pathlib import Path
 from chandra.checkpoint.base import Checkpoint, TensorInfo
 from chandra.checkpoint.gguf import MAGIC, StringArray, open_gguf, shard_group
 from chandra.checkpoint.litgpt import WEIGHTS, open_litgpt
-from chandra.checkpoint.mapped import Header, MappedFile, NeedMoreBytes
+from chandra.checkpoint.mapped import Header, MappedFile, NeedMoreBytes, list_folder
 from chandra.checkpoint.safetensors import open_safetensors
 from chandra.errors import CheckpointError, UnsupportedError
 
@@ -34,7 +34,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     ambiguous, UnsupportedError for what Chandra cannot read, pickles among it.
     """
     path = Path(path)
-    return _open_folder(path) if path.is_dir() else _open_file(path)
+    names = list_folder(path)
+    return _open_file(path) if names is None else _open_folder(path, names)
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -52,18 +53,14 @@ def _open_file(path: Path) -> Checkpoint:
     raise CheckpointError(f"{path} is not a model file: it starts with {start[:8]!r}", _KNOWN)
 
 
-def _open_folder(folder: Path) -> Checkpoint:
-    try:
-        names = sorted(entry.name for entry in folder.iterdir())
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}", "check its permissions") from None
+def _open_folder(folder: Path, names: list[str]) -> Checkpoint:
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return open_safetensors(folder)
     models = [name for name in names if name.endswith(".gguf")]
     if len({shard_group(folder / name) for name in models}) > 1:
         raise CheckpointError(f"{folder} has several models: {', '.join(models[:8])}", "give the path of one of them")
     if models:
-        return open_gguf(folder / models[0])
+        return _open_file(folder / models[0])
     if WEIGHTS in names:
         return open_litgpt(folder)
     pickles = [name for name in names if Path(name).suffix in _PICKLES]

@@ -239,7 +239,7 @@ def shard_group(path: Path) -> str:
 def open_gguf(path: Path) -> MappedCheckpoint:
     """Open a GGUF file, or all shards of the model that this one belongs to; metadata is that of the first shard.
 
-    Raises what `read_header` raises, and CheckpointError for missing or mixed-up shards.
+    Raises what `read_header` raises, ModelNotFound for a missing shard, CheckpointError for mixed-up ones.
     """
     parts = [_open(path)]
     count = parts[0][1].metadata.get("split.count", 1)
@@ -264,8 +264,4 @@ def _shards(path: Path, count: int) -> list[Path]:
     if match is None or int(match[3]) != count:
         hint = f"name the shards model-00001-of-{count:05}.gguf and so on, in one folder"
         raise CheckpointError(f"{path} is one of {count} shards, and its name does not say which", hint)
-    shards = [path.with_name(f"{match[1]}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]
-    if missing := [shard.name for shard in shards if not shard.exists()]:
-        what = f"{len(missing)} of {count} shards are missing in {path.parent}: {', '.join(missing[:5])}"
-        raise CheckpointError(what, "put all shards of the model into one folder")
-    return shards
+    return [path.with_name(f"{match[1]}-{i + 1:05}-of-{count:05}.gguf") for i in range(count)]

@@ -20,7 +20,7 @@ from chandra.lazy import torch
 
 WEIGHTS = "lit_model.pth"
 CONFIG = "model_config.yaml"
-MAX_CONFIG = 1 << 20  # bytes
+MAX_CONFIG = 64 << 10  # bytes
 MAX_PICKLE = 64 << 20
 
 

@@ -127,6 +127,16 @@ class MappedFile:
             self._map.close()
 
 
+def list_folder(path: Path) -> list[str] | None:
+    """The names in a folder, sorted; None if `path` is not a folder. Raises CheckpointError if it cannot be read."""
+    try:
+        return sorted(entry.name for entry in path.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error}", "check its path and permissions") from None
+
+
 def read_json(path: Path, limit: int = 16 << 20) -> dict[str, Any]:
     """The JSON object of a file of at most `limit` bytes. Raises CheckpointError, ModelNotFound."""
     return parse_json(path, read_bounded(path, limit))
@@ -157,7 +167,7 @@ class MappedCheckpoint:
         self.tensors: Mapping[str, TensorInfo] = tensors
 
     def read(self, name: str) -> PackedWeight:
-        """The tensor as a view of the mapped file; do not write to it.
+        """The tensor as a view of the mapped file, a scalar as one row of one; do not write to it.
 
         Raises CheckpointError for a name that is not there or a file that has shrunk, UnsupportedError for a format
         that Chandra cannot compute with.
@@ -167,8 +177,9 @@ class MappedCheckpoint:
             packing = get_format(info.format)
         except UnsupportedError as error:
             raise UnsupportedError(f"{file.path}: tensor {name!r}: {error.message}", error.hint) from None
-        (part,) = packing.parts(info.shape or (1,))
-        return PackedWeight(packing, info.shape, {part.name: file.array(offset, info.nbytes).reshape(part.shape)})
+        shape = info.shape or (1,)
+        (part,) = packing.parts(shape)
+        return PackedWeight(packing, shape, {part.name: file.array(offset, info.nbytes).reshape(part.shape)})
 
     def release(self, name: str) -> None:
         """Drop the tensor's pages from the process; views of it stay valid and are read again when touched."""

@@ -20,6 +20,7 @@ from chandra.checkpoint.mapped import (
     NeedMoreBytes,
     check_no_overlap,
     damaged,
+    list_folder,
     parse_json,
     read_json,
 )
@@ -97,16 +98,17 @@ def _naturals(value: Any, limit: int) -> TypeGuard[list[int]]:
 def open_safetensors(path: Path, config: str = "config.json") -> MappedCheckpoint:
     """Open a Hugging Face folder, or one safetensors file of it; a shard stands for all shards of its model.
 
-    Metadata is the folder's `config`. Raises what `read_header` raises, ModelNotFound for a missing configuration, and
-    CheckpointError for missing shards or an index that disagrees with them or names files elsewhere.
+    Metadata is the folder's `config`. Raises what `read_header` raises, ModelNotFound for a missing configuration,
+    index or shard, and CheckpointError for an index that disagrees with its shards or names files elsewhere.
     """
-    folder = path if path.is_dir() else path.parent
+    names = list_folder(path)
+    folder = path if names is not None else path.parent
     index: dict[str, str] = {}
-    if (path == folder and (folder / INDEX).exists()) or _SHARD.fullmatch(path.name):
-        index = _read_index(folder)
+    if _SHARD.fullmatch(path.name) or INDEX in (names or ()):
+        index = _read_index(folder / INDEX)
         names = sorted(set(index.values()))
     else:
-        names = [path.name if path != folder else _single(folder)]
+        names = [_single(folder, names) if names is not None else path.name]
     files = [MappedFile(folder / name) for name in names]
     parts = [(file, read_header(file.view(), file.size, str(file.path))) for file in files]
     present = dict(zip(names, (header.tensors for _, header in parts), strict=True))
@@ -116,25 +118,22 @@ def open_safetensors(path: Path, config: str = "config.json") -> MappedCheckpoin
     return MappedCheckpoint("hf", folder, read_json(folder / config), parts)
 
 
-def _single(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.glob("*.safetensors"))
-    if len(names) == 1 or "model.safetensors" in names:
-        return names[0] if len(names) == 1 else "model.safetensors"
-    what = f"{folder} has {len(names)} safetensors files and no {INDEX}: {', '.join(names[:5])}"
-    raise CheckpointError(what, "fetch the index into the same folder, or give one of the files")
+def _single(folder: Path, names: list[str]) -> str:
+    names = [name for name in names if name.endswith(".safetensors")]
+    if "model.safetensors" in names:
+        return "model.safetensors"
+    if len(names) != 1:
+        what = f"{folder} has {len(names)} safetensors files and no {INDEX}: {', '.join(names[:5])}"
+        raise CheckpointError(what, "fetch the index into the same folder, or give one of the files")
+    return names[0]
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    """File by tensor name: files of this folder, which exist."""
-    path = folder / INDEX
+def _read_index(path: Path) -> dict[str, str]:
+    """File by tensor name; files of the index's folder only."""
     files = read_json(path, MAX_HEADER).get("weight_map")
     if not isinstance(files, dict) or not 1 <= len(files) <= MAX_ENTRIES:
         raise damaged(path, f"weight_map is not an object of 1 to {MAX_ENTRIES} tensors")
     for tensor, name in files.items():
         if not isinstance(name, str) or not name.endswith(".safetensors") or re.search(r"[/\\:\0]", name):
             raise damaged(path, f"weight_map puts {tensor!r} into {name!r}, which is not a file of this folder")
-    shards = set(files.values())
-    if missing := sorted(name for name in shards if not (folder / name).exists()):
-        what = f"{len(missing)} of {len(shards)} shards are missing in {folder}: {', '.join(missing[:5])}"
-        raise CheckpointError(what, "fetch the missing files into the same folder")
     return files
