@@ -33,10 +33,9 @@ MAX_MADE = 16 * MAX_VALUE  # characters of all strings made on the way
 MAX_SECONDS = 2.0
 MAX_BITS = 4096  # of an integer
 
-_GROWING = frozenset(
-    ["replace", "join", "indent", "center", "ljust", "rjust", "zfill", "expandtabs", "tojson", "batch", "slice"]
-)
-_DROPPED = frozenset(["format", "pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr"])
+_GROWING = {"replace", "join", "indent", "center", "ljust", "rjust", "zfill", "expandtabs", "tojson", "batch", "slice"}
+_GROWING |= {"round"}  # computes 10 ** precision
+_DROPPED = {"format", "pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr"}
 _WIDE = re.compile(r"%[^a-zA-Z%]*(\d{3}|\*)")  # a field width that could fill the memory
 
 
