@@ -114,6 +114,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "many tensors": (packed({str(i): entry("U8", [], 0, 0) for i in range(100_001)}), "100001 tensors"),
     "duplicate tensor": (packed(b'{"w":%b,"w":%b}' % ((json.dumps(WORD).encode(),) * 2), 4), "duplicate key 'w'"),
     "metadata": (packed({"__metadata__": [1]}), "metadata"),
+    "metadata value": (packed({"__metadata__": {"a": None}}), "metadata"),
     "entry": (packed({"w": 3}), "'w'"),
     "entry without dtype": (packed({"w": {"shape": [1], "data_offsets": [0, 4]}}, 4), "no proper dtype"),
     "dtype": (packed({"w": entry("Q9", [1], 0, 4)}, 4), "'w'.*'Q9'"),

@@ -108,9 +108,6 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise damaged(self.file, f"{what} at byte {start} is not UTF-8: {error}") from None
 
-    def name(self, what: str) -> str:
-        return self.string(what, MAX_NAME, "strict")
-
     def value(self, kind: int, what: str) -> Any:
         if kind == _STRING:
             return self.string(what)
@@ -169,7 +166,8 @@ def read_header(data: bytes | memoryview, size: int, file: str = "GGUF header") 
             raise damaged(file, f"{count} {what} are declared; {MAX_ENTRIES} are allowed, in a file of {size} bytes")
     metadata: dict[str, Any] = {}
     for _ in range(num_keys):
-        key, kind = cursor.name("a metadata key"), cursor.number("I", "the type of a value")
+        key = cursor.string("a metadata key", MAX_NAME, "strict")
+        kind = cursor.number("I", f"the type of {key!r}")
         value = cursor.value(kind, repr(key))
         if key in metadata:
             raise damaged(file, f"duplicate metadata key {key!r}")
@@ -209,7 +207,7 @@ def _check_version(cursor: _Cursor) -> None:
 
 
 def _tensor(cursor: _Cursor) -> TensorInfo:
-    name = cursor.name("a tensor's name")
+    name = cursor.string("a tensor's name", MAX_NAME, "strict")
     what = f"tensor {name!r}"
     num_dims = cursor.number("I", f"the rank of {what}")
     if not 1 <= num_dims <= MAX_DIMS:

@@ -21,7 +21,6 @@ from chandra.lazy import torch
 WEIGHTS = "lit_model.pth"
 CONFIG = "model_config.yaml"
 MAX_CONFIG = 64 << 10  # bytes
-MAX_PICKLE = 64 << 20
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -61,9 +60,8 @@ def _records(file: MappedFile) -> dict[int, int]:
         with zipfile.ZipFile(file.path) as archive:
             for record in archive.infolist():
                 stem = record.filename.partition("/")[2]
-                limit = MAX_PICKLE if stem == "data.pkl" else file.size
-                if record.compress_type != zipfile.ZIP_STORED or record.file_size > limit:
-                    raise damaged(file.path, f"record {record.filename!r} is compressed or over {limit} bytes")
+                if record.compress_type != zipfile.ZIP_STORED or record.file_size > file.size:
+                    raise damaged(file.path, f"record {record.filename!r} is compressed or larger than the file")
                 if stem == "byteorder" and archive.read(record) != b"little":
                     raise UnsupportedError(f"{file.path} is big-endian", "save it on a little-endian machine")
                 head = bytes(file.array(record.header_offset, 30))

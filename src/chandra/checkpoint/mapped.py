@@ -137,11 +137,6 @@ def list_folder(path: Path) -> list[str] | None:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error}", "check its path and permissions") from None
 
 
-def read_json(path: Path, limit: int = 16 << 20) -> dict[str, Any]:
-    """The JSON object of a file of at most `limit` bytes. Raises CheckpointError, ModelNotFound."""
-    return parse_json(path, read_bounded(path, limit))
-
-
 def read_bounded(path: Path, limit: int) -> bytes:
     """The whole of a file of at most `limit` bytes. Raises CheckpointError, ModelNotFound."""
     file = MappedFile(path)

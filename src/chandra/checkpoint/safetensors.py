@@ -22,12 +22,13 @@ from chandra.checkpoint.mapped import (
     damaged,
     list_folder,
     parse_json,
-    read_json,
+    read_bounded,
 )
 from chandra.errors import CheckpointError, UnsupportedError
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # bytes
+MAX_CONFIG = 16 << 20
 MAX_DIMS = 8
 
 _BITS = {
@@ -55,8 +56,10 @@ def read_header(data: bytes | memoryview, size: int, file: str = "safetensors he
         raise NeedMoreBytes(start)
     entries = parse_json(file, bytes(data[8:start]))
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or len(entries) > MAX_ENTRIES:
-        raise damaged(file, f"{len(entries)} tensors and metadata of {type(metadata).__name__}; {MAX_ENTRIES} and dict")
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise damaged(file, "__metadata__ is not an object of strings")
+    if len(entries) > MAX_ENTRIES:
+        raise damaged(file, f"{len(entries)} tensors; {MAX_ENTRIES} are allowed")
     tensors: dict[str, TensorInfo] = {}
     offsets: dict[str, int] = {}
     for name, entry in entries.items():
@@ -88,11 +91,9 @@ def _tensor(file: str, name: str, entry: Any, room: int) -> tuple[TensorInfo, in
 
 def _naturals(value: Any, limit: int) -> TypeGuard[list[int]]:
     """Whether this is a list of at most `limit` integers of up to 63 bits."""
-    return (
-        isinstance(value, list)
-        and len(value) <= limit
-        and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
-    )
+    if not isinstance(value, list) or len(value) > limit:
+        return False
+    return all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
 def open_safetensors(path: Path, config: str = "config.json") -> MappedCheckpoint:
@@ -115,7 +116,7 @@ def open_safetensors(path: Path, config: str = "config.json") -> MappedCheckpoin
     for tensor, name in index.items():
         if tensor not in present[name]:
             raise damaged(folder / INDEX, f"tensor {tensor!r} is not in {name}")
-    return MappedCheckpoint("hf", folder, read_json(folder / config), parts)
+    return MappedCheckpoint("hf", folder, parse_json(folder / config, read_bounded(folder / config, MAX_CONFIG)), parts)
 
 
 def _single(folder: Path, names: list[str]) -> str:
@@ -130,7 +131,7 @@ def _single(folder: Path, names: list[str]) -> str:
 
 def _read_index(path: Path) -> dict[str, str]:
     """File by tensor name; files of the index's folder only."""
-    files = read_json(path, MAX_HEADER).get("weight_map")
+    files = parse_json(path, read_bounded(path, MAX_HEADER)).get("weight_map")
     if not isinstance(files, dict) or not 1 <= len(files) <= MAX_ENTRIES:
         raise damaged(path, f"weight_map is not an object of 1 to {MAX_ENTRIES} tensors")
     for tensor, name in files.items():
