@@ -135,6 +135,13 @@ def test_the_sizes_are_limited() -> None:
         ChatTemplate("a" * (MAX_TEMPLATE + 1))
 
 
+def test_a_long_conversation_is_no_attack() -> None:
+    turn = "{% for m in messages %}{{ m.role ~ ': ' + m.content.replace('</think>', '') | trim + '\n' }}{% endfor %}"
+    messages = [{"role": "user", "content": f"{'word ' * 400}{i}"} for i in range(400)]
+    messages.append({"role": "assistant", "content": "x" * 1_000_000})
+    assert len(ChatTemplate(turn).render(messages)) > 1_800_000
+
+
 def test_messages_reach_the_template_as_plain_data() -> None:
     class Loud(str):
         def strip(self, *_: Any) -> str:  # type: ignore[override]

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import wraps
+from math import prod
 from time import monotonic
 from types import CodeType
 from typing import Any, TypeVar
@@ -34,7 +35,7 @@ MAX_SECONDS = 2.0
 MAX_BITS = 4096  # of an integer
 
 _GROWING = {"replace", "join", "indent", "center", "ljust", "rjust", "zfill", "expandtabs", "tojson", "batch", "slice"}
-_GROWING |= {"round"}  # computes 10 ** precision
+_GROWING |= {"*", "round"}  # round computes 10 ** precision
 _DROPPED = {"format", "pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr"}
 _WIDE = re.compile(r"%[^a-zA-Z%]*(\d{3}|\*)")  # a field width that could fill the memory
 
@@ -215,7 +216,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             if bits > MAX_BITS:
                 raise TemplateError("the chat template computes an integer without bounds", _HINT)
         elif operator == "*":
-            _bound_growth("replace", (left, right))
+            _bound_growth("*", (left, right))
         elif operator == "%" and isinstance(left, str) and _WIDE.search(left):
             raise SecurityError(f"the format {left[:80]!r}")
         return self.made(super().call_binop(context, operator, left, right))
@@ -251,12 +252,10 @@ def _weigh(value: Any) -> int:
 
 
 def _bound_growth(name: str, values: Sequence[Any]) -> None:
-    """Refuse an operation whose result could be the product of its operands."""
+    """Refuse an operation whose result could be as long as the product of two of its operands."""
     if name in _GROWING:
-        size = 1
-        for value in values:
-            size *= max(1, abs(value) if isinstance(value, int) else _weigh(value))
-        if size > MAX_MADE:
+        sizes = sorted(abs(value) if isinstance(value, int) else _weigh(value) for value in values)
+        if prod(sizes[-2:]) > MAX_MADE:
             raise TemplateError(f"the chat template makes too long a text with {name!r}", _HINT)
 
 

@@ -16,12 +16,7 @@ class UnigramEncoder:
     [vocab], the tokens that text can turn into."""
 
     def __init__(
-        self,
-        vocab: Vocabulary,
-        scores: NDArray[np.float32],
-        matchable: NDArray[np.bool_],
-        unk_id: int,
-        add_space: bool,
+        self, vocab: Vocabulary, scores: NDArray[np.float32], matchable: NDArray[np.bool_], unk_id: int, add_space: bool
     ) -> None:
         from tokenizers.models import Unigram  # here: the other kinds do without it
 
