@@ -167,6 +167,15 @@ def test_the_first_answer_aborted_leaves_the_others() -> None:
     assert [texts[i] for i in ids[1:]] == [expected(list(range(30)), params, index=k) for k in (1, 2)]
 
 
+def test_a_prompt_that_would_not_fit_beside_the_running_waits() -> None:
+    engine, _ = make_engine(full=12, context=48)
+    params = SamplingParams(seed=1, max_tokens=10, ignore_eos=True)
+    ids = [engine.add(range(start, start + 30), params)[0] for start in (0, 40)]
+    texts, _ = run(engine)
+    assert [texts[i] for i in ids] == [expected(list(range(s, s + 30)), params, 48) for s in (0, 40)]
+    assert engine.counters().preemptions == 0
+
+
 def test_a_second_request_finds_the_first_ones_answer() -> None:
     engine, decoder = make_engine()
     params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)

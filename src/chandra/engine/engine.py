@@ -100,7 +100,7 @@ class Engine:
     def commit(self, chunks: list[Chunk], results: list[Sampled]) -> list[Output]:
         """Write a step's results into the sequences, end those that are done and tell what is new."""
         outputs = []
-        for (sequence, start, end), result in zip(chunks, results, strict=True):
+        for (sequence, start, end, _), result in zip(chunks, results, strict=True):
             sequence.num_computed = end
             self.blocks.commit(sequence.id, sequence.tokens, end)
             if start < sequence.prompt_len <= end:

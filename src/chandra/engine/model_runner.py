@@ -67,13 +67,12 @@ class ModelRunner:
         count, tokens, positions = self._count, self._tokens, self._positions
         row, rows = 0, 0
         for index, chunk in enumerate(chunks):
-            sequence, start, end = chunk
+            sequence, start, end, scored = chunk
             stop = row + end - start
             tokens[row:stop] = sequence.tokens[start:end]
             positions[row:stop] = count[start:end]
             self._starts[index + 1] = stop
             self._contexts[index] = end
-            scored = chunk.scored
             first = row + scored.start - start
             self._rows[rows : rows + len(scored)] = count[first : first + len(scored)]
             row, rows = stop, rows + len(scored)

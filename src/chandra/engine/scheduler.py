@@ -21,20 +21,13 @@ _by_id = attrgetter("id")
 
 
 class Chunk(NamedTuple):
-    """Tokens `start:end` of a sequence, to be computed in one step."""
+    """Tokens `start:end` of a sequence, to be computed in one step. `scored`: positions whose logits are wanted, which
+    are those that predict its prompt, if asked for, and the last token there is."""
 
     sequence: Sequence
     start: int
     end: int
-
-    @property
-    def scored(self) -> range:
-        """Positions whose logits are wanted: those that predict the prompt, and the last token there is."""
-        sequence, last = self.sequence, self.sequence.num_tokens - 1
-        first = sequence.next_scored
-        if first == sequence.prompt_len - 1:
-            return range(last, self.end)
-        return range(max(first, self.start), self.end)
+    scored: range
 
 
 class Scheduler:
@@ -112,9 +105,11 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return
-        chunk = self._chosen[sequence.id] = Chunk(sequence, sequence.num_computed, end)
-        self._tokens_left -= end - chunk.start
-        self._rows_left -= len(chunk.scored)
+        start, first = sequence.num_computed, sequence.next_scored
+        scored = range(max(first, start) if first < sequence.prompt_len - 1 else sequence.num_tokens - 1, end)
+        self._chosen[sequence.id] = Chunk(sequence, start, end, scored)
+        self._tokens_left -= end - start
+        self._rows_left -= len(scored)
 
     def _chunk_end(self, sequence: Sequence) -> int:
         """Where the chunk ends: at a block boundary if the prompt goes on, so that windows stay within their blocks."""
@@ -133,7 +128,6 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.blocks.free(sequence.id)
-        sequence.num_computed = 0
         if sequence.state is State.WAITING:
             return
         self.preemptions += 1
