@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import pytest
-from cache_reader import SIZE, VOCAB, logits_after, make_engine
+from cache_reader import SIZE, VOCAB, CacheReader, logits_after, make_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -225,6 +225,24 @@ def test_logits_that_are_not_numbers_end_only_their_sequence() -> None:
     assert isinstance(last[bad].error, NumericError)
     assert last[bad].finish_reason == "error"
     assert texts[good] == expected([1, 2, 51], params)
+
+
+def test_a_step_that_failed_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, decoder = make_engine()
+    params = SamplingParams(seed=3, max_tokens=8, ignore_eos=True)
+    ids = [engine.add([*range(20), i], params)[0] for i in (1, 2)]
+    texts: dict[int, list[int]] = {}
+    for step in range(6):
+        with monkeypatch.context() as patch:
+            patch.setattr(CacheReader, "forward", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                engine.step()
+        engine.blocks.check_integrity()
+        for output in engine.step():
+            texts.setdefault(output.seq_id, []).extend(output.token_ids)
+        assert len(decoder.steps) == step + 1
+    run(engine, texts)
+    assert [texts[i] for i in ids] == [expected([*range(20), i], params) for i in (1, 2)]
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 8])

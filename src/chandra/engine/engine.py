@@ -101,10 +101,11 @@ class Engine:
         """Write a step's results into the sequences, end those that are done and tell what is new."""
         outputs = []
         for (sequence, start, end, _), result in zip(chunks, results, strict=True):
-            sequence.num_computed = end
-            self.blocks.commit(sequence.id, sequence.tokens, end)
-            if start < sequence.prompt_len <= end:
-                self.scheduler.release_followers(sequence)
+            if result.error is None:  # else its blocks are not fit to be shared
+                sequence.num_computed = end
+                self.blocks.commit(sequence.id, sequence.tokens, end)
+                if start < sequence.prompt_len <= end:
+                    self.scheduler.release_followers(sequence)
             if end == sequence.num_tokens or result.error is not None:
                 outputs.append(self._advance(sequence, result))
         return outputs
