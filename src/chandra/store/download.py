@@ -12,7 +12,7 @@ import httpx
 
 from chandra.errors import DownloadError, ModelNotFound
 from chandra.memory.device import format_size
-from chandra.store.parts import CHUNK, PartFile, Progress
+from chandra.store.parts import PartFile, Progress
 
 MAX_PAGE = 8 << 20  # bytes of an index page, a manifest or a small layer
 _RETRIED = (408, 425, 429, 500, 502, 503, 504)
@@ -42,13 +42,13 @@ class Downloader:
             part.commit(sha256)
 
     def _complete(self, url: str, part: PartFile, size: int | None, phase: str) -> None:
-        etag, failures = "", 0
+        failures = 0
         if size is not None and part.size > size:
             part.restart()
         while size is None or part.size < size:
             before = part.size
             try:
-                etag = self._transfer(url, part, size, etag, phase)
+                self._transfer(url, part, size, phase)
                 if size is None or part.size >= size:
                     return
                 reason = "the transfer ended early"
@@ -64,13 +64,13 @@ class Downloader:
             self.progress(f"{phase}: trying again ({reason})", part.size, size or 0)
             time.sleep(min(self.wait * 2 ** (failures - 1), 30))
 
-    def _transfer(self, url: str, part: PartFile, size: int | None, etag: str, phase: str) -> str:
-        """One request; appends what it brings and returns the entity tag."""
+    def _transfer(self, url: str, part: PartFile, size: int | None, phase: str) -> None:
+        """One request; appends what it brings."""
         headers = {"Accept-Encoding": "identity"}
         if part.size:
             headers["Range"] = f"bytes={part.size}-"
-            if etag:
-                headers["If-Range"] = etag
+            if part.etag:
+                headers["If-Range"] = part.etag
         with self.client.stream("GET", url, headers=headers, follow_redirects=True) as response:
             check_response(response, url)
             if response.status_code == 416:
@@ -78,18 +78,18 @@ class Downloader:
                 raise _RetryError("the server refused to resume")
             if part.size and not (response.status_code == 206 and _starts_at(response.headers, part.size)):
                 part.restart()
+            etag = str(response.headers.get("ETag", ""))
+            part.etag = "" if etag.startswith("W/") else etag
             length = response.headers.get("Content-Length", "")
             total = size or (part.size + int(length) if length.isdigit() else 0)
             part.reserve(max(total - part.size, 0))
             self.progress(phase, part.size, total)
-            for chunk in response.iter_raw(CHUNK):
+            for chunk in response.iter_raw():
                 part.write(chunk)
                 if size is not None and part.size > size:
                     part.restart()
                     raise DownloadError(f"{phase}: more than the {size} bytes that were promised", "try another source")
                 self.progress(phase, part.size, total)
-            found = str(response.headers.get("ETag", ""))
-            return "" if found.startswith("W/") else found
 
 
 class _RetryError(Exception):

@@ -68,6 +68,7 @@ class PartFile:
             self.file = self.part.open("r+b" if self.part.exists() else "w+b", buffering=0)
         self.hash = hashlib.sha256()
         self.size = 0
+        self.etag = ""  # of the server that sent what is there, if this process asked it
         total = os.fstat(self.file.fileno()).st_size
         while chunk := self.file.read(CHUNK):
             self.hash.update(chunk)
