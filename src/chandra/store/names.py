@@ -10,7 +10,7 @@ from typing import Literal
 from chandra.errors import UsageError
 
 DEFAULT_TAG = "latest"
-MAX_NAME = 400  # characters
+MAX_NAME, MAX_PATH = 400, 4096  # characters
 
 Kind = Literal["catalog", "hub", "registry", "file"]
 
@@ -47,10 +47,13 @@ class Name:
 
 def parse_name(text: str) -> Name:
     """Checks a name a user wrote; nothing on disk is looked at. Raises UsageError."""
-    if not text or len(text) > MAX_NAME or "\0" in text or not text.isprintable():
+    is_path = (
+        text.startswith((".", "/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", text) or text.endswith(_FILE_ENDINGS)
+    )
+    if not text or len(text) > (MAX_PATH if is_path else MAX_NAME) or "\0" in text or not text.isprintable():
         raise UsageError(f"not a model name: {text[:60]!r}", _FORMS)
-    if text.startswith((".", "/", "~", "\\")) or re.match(r"[A-Za-z]:[\\/]", text) or text.endswith(_FILE_ENDINGS):
-        return Name("file", "", str(Path(text).expanduser().absolute()), "")
+    if is_path:
+        return Name("file", "", str(_expanded(text).absolute()), "")
     text = re.sub(r"^https?://(?=(hf\.co|huggingface\.co)/)", "", text)
     where, tag = text, ""
     if ":" in text.rpartition("/")[2]:
@@ -80,6 +83,13 @@ def parse_digest(text: object) -> str:
     if not isinstance(text, str) or not _DIGEST.fullmatch(text):
         raise UsageError(f"not a SHA-256 digest: {str(text)[:80]!r}")
     return text[7:]
+
+
+def _expanded(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"no home folder is known for {text!r}", "write the whole path") from error
 
 
 _FILE_ENDINGS = (".gguf", ".safetensors")

@@ -28,6 +28,8 @@ def storing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:
+            raise  # a library's own kind, such as a timeout of a lock
         if error.errno in _FULL:
             raise DiskFull(
                 f"no space left for {path.name}: {error.strerror}",

@@ -153,7 +153,8 @@ class Store:
             yield
         finally:
             lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
 
     def _name(self, text: str) -> Name:
         name = parse_name(text)
@@ -200,7 +201,7 @@ class Store:
             if blob.suffix:
                 continue
             try:
-                with storing(blob), FileLock(self.lock(blob), timeout=0):
+                with storing(blob), FileLock(self.lock(blob), timeout=0):  # whoever writes it holds the lock
                     models = [model for _, model in self.manifests.scan()]
                     if any(isinstance(model, StoreError) or blob in (model.path, *model.adapters) for model in models):
                         continue
