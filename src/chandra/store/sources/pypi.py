@@ -6,7 +6,7 @@ The index, its certificates and its proxy are those pip is set up to use. Pages 
 
 from __future__ import annotations
 
-import importlib.util
+import ensurepip
 import json
 import re
 import ssl
@@ -144,15 +144,12 @@ def _append(wheel: Path, package: Package, whole: PartFile, skip: int) -> None:
 
 def _pip_settings() -> dict[str, Any]:
     """What pip would use: index URLs, certificates and proxy, from its files and its environment."""
-    command = [sys.executable, "-c", _ASK_PIP]
-    if importlib.util.find_spec("pip") is None:
-        bundled = importlib.util.find_spec("ensurepip")
-        wheels = sorted(Path(bundled.origin).parent.glob("_bundled/pip-*.whl")) if bundled and bundled.origin else []
-        if not wheels:
-            raise DownloadError("this Python has no pip, whose settings say where the package index is", "install pip")
-        command[2] = f"import sys; sys.path.insert(0, {str(wheels[-1])!r}){_ASK_PIP}"
-    asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    if asked.returncode:
-        raise DownloadError(f"pip does not tell its settings: {asked.stderr.strip()[-300:]}", "upgrade pip")
-    settings: dict[str, Any] = json.loads(asked.stdout.splitlines()[-1])
-    return settings
+    wheels = Path(ensurepip.__file__).parent.glob("_bundled/pip-*.whl")  # for environments without pip
+    for prefix in ("", *(f"import sys; sys.path.insert(0, {str(wheel)!r})" for wheel in wheels)):
+        command = [sys.executable, "-c", prefix + _ASK_PIP]
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if asked.returncode == 0:
+            settings: dict[str, Any] = json.loads(asked.stdout.splitlines()[-1])
+            return settings
+    reason = asked.stderr.strip()[-300:]
+    raise DownloadError(f"pip does not tell which package index to use: {reason}", "install or upgrade pip")
