@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -165,6 +165,7 @@ json_values = st.recursive(
 
 @settings(deadline=None, max_examples=50)
 @given(value=json_values)
+@example(10**9)
 def test_tojson_is_json(value: Any) -> None:
     rendered = ChatTemplate("{{ messages[0].value | tojson }}").render([{"value": value}])
     assert rendered == json.dumps(value, ensure_ascii=False)

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import wraps
-from math import prod
 from time import monotonic
 from types import CodeType
 from typing import Any, TypeVar
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 from jinja2 import Template, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
+from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -196,7 +196,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         @wraps(filter)
         def run(*args: Any, **kwargs: Any) -> Any:
             self.checked(args, kwargs)
-            _bound_growth(name, (*args, *kwargs.values()))
+            _bound_growth(name, (*args[args[0] is self or isinstance(args[0], EvalContext) :], *kwargs.values()))
             return self.made(filter(*args, **kwargs))
 
         return run
@@ -216,7 +216,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             if bits > MAX_BITS:
                 raise TemplateError("the chat template computes an integer without bounds", _HINT)
         elif operator == "*":
-            _bound_growth("*", (left, right))
+            _bound_growth("*", (right, left) if isinstance(left, int) else (left, right))
         elif operator == "%" and isinstance(left, str) and _WIDE.search(left):
             raise SecurityError(f"the format {left[:80]!r}")
         return self.made(super().call_binop(context, operator, left, right))
@@ -252,10 +252,10 @@ def _weigh(value: Any) -> int:
 
 
 def _bound_growth(name: str, values: Sequence[Any]) -> None:
-    """Refuse an operation whose result could be as long as the product of two of its operands."""
+    """Refuse an operation whose result could be as long as the product of its first and another operand."""
     if name in _GROWING:
-        sizes = sorted(abs(value) if isinstance(value, int) else _weigh(value) for value in values)
-        if prod(sizes[-2:]) > MAX_MADE:
+        counts = (abs(value) if isinstance(value, int) else _weigh(value) for value in values[1:])
+        if _weigh(values[0]) * max(counts, default=1) > MAX_MADE:
             raise TemplateError(f"the chat template makes too long a text with {name!r}", _HINT)
 
 
