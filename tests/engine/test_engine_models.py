@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny_model import SIZE, VOCAB, Tiny
 
+from chandra.backends.cpu.backend import CpuBackend
 from chandra.config import SamplingParams
 from chandra.engine import Engine, Output
 
@@ -61,7 +62,7 @@ def test_every_sequence_has_the_text_it_has_alone(model: Tiny, seqs: int, chunk:
     engine = model.engine(seqs=seqs, chunk=chunk, blocks=blocks)
     texts: dict[int, list[int]] = {}
     made, aborted = {}, set()
-    for prompt, params in requests(32 if model.backend.__class__.__name__ == "CpuBackend" else 8):
+    for prompt, params in requests(32 if isinstance(model.backend, CpuBackend) else 4):
         (seq_id,) = engine.add(prompt, params)
         made[seq_id] = (prompt, params)
         if rng.random() < 0.3:

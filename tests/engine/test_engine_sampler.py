@@ -99,7 +99,7 @@ def test_only_tokens_of_the_reference_come(
         temperature=temperature,
     )
     allowed = reference(row, slack) | reference(row, params)  # rounding decides at the very edge
-    drawn = support(row, params, 60)
+    drawn = support(row, params, 30)
     assert drawn <= set(allowed)
 
 
