@@ -4,45 +4,31 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Protocol
 
 from chandra.kvcache.layout import group_layers
 from chandra.memory.device import Device, format_size
 from chandra.memory.ledger import Kind
 from chandra.memory.plan import Part, Placement, Plan, Prediction, Speed
-from chandra.planner.cost import layer_seconds
-from chandra.planner.layout import ANSWER, BLOCK_SIZE, HOST, Candidate, head_seconds
-from chandra.planner.placement import Split
+from chandra.planner.candidate import BLOCK_SIZE, HOP, HOST, Candidate
+from chandra.planner.cost import crossover_tokens
+from chandra.planner.planner import Found, loading_bytes
 
 
-class Found(Protocol):
-    """A placed candidate, as `planner.search` finds it."""
-
-    @property
-    def split(self) -> Split: ...
-    @property
-    def mode(self) -> str: ...
-    @property
-    def disk_layers(self) -> int: ...
-    @property
-    def head_device(self) -> str: ...
-
-
-def assemble(name: str, candidate: Candidate, found: Found, devices: Sequence[Device], reserve: int) -> Plan:
+def assemble(found: Found, devices: Sequence[Device], reserve: int) -> Plan:
     """The plan of a placed candidate."""
-    layers, experts = _parts(candidate, found)
-    sizes = candidate.sizes
-    head = Part("head", "host" if found.head_device == HOST else "resident", found.head_device, sizes.head)
-    embedding_device = found.head_device if sizes.tied else HOST
-    embedding = Part("embedding", "host" if embedding_device == HOST else "resident", embedding_device, sizes.embedding)
-    attention = [layer.attention for layer in candidate.spec.layers]
-    groups = group_layers(attention, [part.device for part in layers])
+    candidate, head_device = found.candidate, found.head
+    layers, experts = _parts(found)
+    pieces = candidate.pieces(head_device)
+    head = Part("head", _at(head_device), head_device, pieces.head)
+    table = head_device if candidate.sizes.tied else HOST
+    embedding = Part("embedding", _at(table), table, candidate.pieces(table).embedding)
+    parts = (embedding, *layers, *experts, head)
     w = candidate.workload
-    predictions = _predictions(candidate, (embedding, *layers, *experts, head), layers)
-    return Plan(
-        model=name,
-        format=sizes.label,
-        convert=sizes.convert,
+    groups = group_layers([x.attention for x in candidate.model.spec.layers], [part.device for part in layers])
+    plan = Plan(
+        model=candidate.model.name,
+        format=candidate.sizes.label,
+        convert=candidate.sizes.convert,
         workload=w,
         devices=tuple(devices),
         embedding=embedding,
@@ -51,57 +37,69 @@ def assemble(name: str, candidate: Candidate, found: Found, devices: Sequence[De
         kv_type=candidate.kv_type,
         block_size=BLOCK_SIZE,
         num_blocks=tuple(g.max_blocks(w.context, candidate.chunk, BLOCK_SIZE, w.parallel) for g in groups),
-        swap_bytes=0,
+        swap_bytes=0,  # the cache holds every sequence in full
         chunk=candidate.chunk,
         max_num_seqs=candidate.max_num_seqs,
         max_logit_rows=candidate.max_logit_rows,
-        predictions=predictions,
-        speed=_speed(candidate, layers, experts, found.head_device),
+        predictions=_predictions(candidate, parts, layers, devices),
+        speed=_speed(candidate, layers, experts, head_device),
         experts=experts,
-        decisions=_decisions(candidate, layers, experts, found),
+        decisions=_decisions(found, layers, experts, head),
         warnings=_warnings(candidate, devices, reserve),
     )
+    for device in devices:  # the search has seen to it; a plan that breaks its promise must not leave this place
+        assert plan.predicted(device.name) + reserve <= device.cap, f"{device.name} is over its cap"
+    return plan
 
 
-def _parts(candidate: Candidate, found: Found) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+def _at(device: str) -> Placement:
+    return "host" if device == HOST else "resident"
+
+
+def _parts(found: Found) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     """Layers, and experts that lie apart from them."""
-    sizes, split = candidate.sizes, found.split
+    candidate, split, offload = found.candidate, found.split, found.offload
     owner = [device for device, count in zip(split.order, split.counts, strict=True) for _ in range(count)]
     layers, experts = [], []
-    for index in range(candidate.spec.num_layers):
+    for index in range(candidate.num_layers):
         label = f"layers.{index}"
-        if index >= split.off:
-            layers.append(Part(label, "resident", owner[index - split.off], sizes.layer(index)))
+        if offload is None or index >= split.off:
+            device = owner[index - split.off]
+            layers.append(Part(label, _at(device), device, candidate.pieces(device).layer(index)))
             continue
-        kept: Placement = "disk" if index < found.disk_layers else "host"
-        if found.mode == "host":
-            layers.append(Part(label, kept, HOST, sizes.layer(index)))
-        elif found.mode == "stream":
-            kept = "disk" if kept == "disk" else "stream"
-            layers.append(Part(label, kept, split.order[0], sizes.layer(index)))
+        on_disk = index < offload.disk_layers
+        device = offload.first or HOST
+        if offload.mode == "experts":
+            layers.append(Part(label, "resident", device, candidate.pieces(device).dense[index]))
+            nbytes = candidate.sizes.host.experts[index]
+            experts.append(Part(f"{label}.experts", "disk" if on_disk else "host", HOST, nbytes))
         else:
-            layers.append(Part(label, "resident", split.order[0], sizes.dense[index]))
-            experts.append(Part(f"{label}.experts", kept, HOST, sizes.experts[index]))
+            layers.append(Part(label, "disk" if on_disk else offload.mode, device, candidate.pieces(device).layer(index)))
     return tuple(layers), tuple(experts)
 
 
-def _predictions(candidate: Candidate, parts: Sequence[Part], layers: Sequence[Part]) -> tuple[Prediction, ...]:
+def _predictions(
+    candidate: Candidate, parts: Sequence[Part], layers: Sequence[Part], devices: Sequence[Device]
+) -> tuple[Prediction, ...]:
     need: dict[tuple[str, Kind], int] = defaultdict(int)
-    largest = max((candidate.sizes.layer(i) for i in range(len(layers))), default=0)
-    head_device = parts[-1].device
+    need[HOST, Kind.STAGING] = loading_bytes(candidate, devices)
+    staging = 0
     for part in parts:
         if part.placement != "disk":
-            home = part.device if part.placement == "resident" else HOST
-            need[home, Kind.WEIGHTS] += part.nbytes
-        if part.placement == "stream":
-            need[part.device, Kind.STAGING] = need[HOST, Kind.STAGING] = 2 * largest
-        if part.placement == "disk":
-            need[HOST, Kind.STAGING] = max(need[HOST, Kind.STAGING], 2 * largest)
+            need[part.device if part.placement == "resident" else HOST, Kind.WEIGHTS] += part.nbytes
+        if part.placement in ("stream", "disk"):
+            staging = 2 * int(candidate.weights(part.device).max())
+        if part.placement == "stream" or (part.placement == "disk" and part.device != HOST):
+            need[part.device, Kind.STAGING] = staging
+    need[HOST, Kind.STAGING] += staging
     for part, nbytes in zip(layers, candidate.kv_need, strict=True):
         need[part.device, Kind.KV] += int(nbytes)
+    apart = any(part.name.endswith(".experts") for part in parts)
     for device in {part.device for part in parts} | {HOST}:
-        computes = any(part.device == device for part in (*layers, *(p for p in parts if "experts" in p.name)))
-        need[device, Kind.WORKSPACE] += candidate.workspace(computes, device == head_device)
+        held = [i for i, part in enumerate(layers) if part.device == device]
+        if device == HOST and apart:
+            held = list(range(len(layers)))
+        need[device, Kind.WORKSPACE] += candidate.workspace(device, device == parts[-1].device, held)
         need[device, Kind.RUNTIME] += candidate.machine.of(device).runtime
     return tuple(Prediction(d, k, n) for (d, k), n in sorted(need.items()) if n)
 
@@ -109,69 +107,87 @@ def _predictions(candidate: Candidate, parts: Sequence[Part], layers: Sequence[P
 def _speed(candidate: Candidate, layers: Sequence[Part], experts: Sequence[Part], head_device: str) -> Speed:
     machine, w = candidate.machine, candidate.workload
     apart = {int(part.name.split(".")[1]) for part in experts}
+    kinds = sorted({(part.placement, part.device, i in apart) for i, part in enumerate(layers)})
+    places = [part.device for part in layers] + [head_device]
+    hops = sum(a != b for a, b in zip(places, places[1:], strict=False))
 
-    def step(rows: int, sequences: int, context: int) -> float:
-        seconds = head_seconds(candidate, machine.of(head_device), sequences)
-        for index, part in enumerate(layers):
-            load = candidate.load(index, rows, sequences, context)
-            device = machine.host if index in apart else machine.of(part.device)
-            seconds += layer_seconds(load, part.placement, device, machine)
+    def step(rows: int, sequences: int, context: float) -> float:
+        seconds = candidate.head_step(machine.of(head_device), sequences) + hops * HOP
+        for placement, device, split in kinds:
+            each = candidate.step_seconds(placement, machine.of(device), rows, sequences, context, split)
+            here = [(p.placement, p.device, i in apart) == (placement, device, split) for i, p in enumerate(layers)]
+            seconds += float(each[here].sum())
         return seconds
 
     chunks, rest = divmod(w.prompt, candidate.chunk)
     first = sum(step(candidate.chunk, 1, (i + 1) * candidate.chunk) for i in range(chunks))
     first += step(rest, 1, w.prompt) if rest else 0.0
-    context = min(w.context, w.prompt + ANSWER // 2)
+    context = candidate.typical_context
+    pieces = candidate.sizes.packed
+    copied = sum(part.nbytes / (machine.of(part.device).link or 1e12) for part in layers if part.device != HOST)
+    packing = 8 * pieces.total / candidate.sizes.bits_per_weight / machine.convert if candidate.sizes.convert else 0.0
     return Speed(
-        load=candidate.sizes.total / machine.disk,
+        load=candidate.sizes.stored / machine.disk + packing + copied,
         first_token=first,
         decode=1 / step(1, 1, context),
         total=w.parallel / step(w.parallel, w.parallel, context),
     )
 
 
-def _decisions(candidate: Candidate, layers: Sequence[Part], experts: Sequence[Part], found: Found) -> tuple[str, ...]:
-    """Why it is so, in words."""
-    sizes, w = candidate.sizes, candidate.workload
-    runs: list[tuple[str, int, int]] = []
+def runs_of(layers: Sequence[Part]) -> list[tuple[Part, int, int]]:
+    """Consecutive layers of one placement and device: (the first part, first layer, last layer)."""
+    runs: list[tuple[Part, int, int]] = []
     for index, part in enumerate(layers):
-        where = {
-            "resident": part.device,
-            "host": "the CPU",
-            "disk": "disk",
-            "stream": f"host memory, streamed to {part.device}",
-        }
-        place = where[part.placement]
-        if runs and runs[-1][0] == place:
-            runs[-1] = (place, runs[-1][1], index)
+        if runs and (runs[-1][0].placement, runs[-1][0].device) == (part.placement, part.device):
+            runs[-1] = (runs[-1][0], runs[-1][1], index)
         else:
-            runs.append((place, index, index))
-    text = "; ".join(f"layers {a}-{b} on {place}" for place, a, b in runs)
-    out = [
-        f"weights as {sizes.label}: {format_size(sizes.total)}, {sizes.bits_per_weight:.2f} bits per weight"
-        + (", converted while loading" if sizes.convert else ""),
-        text + (f"; experts of {len(experts)} layers on the CPU" if experts else ""),
-        f"context {w.context} x {w.parallel} with {candidate.kv_type} cache: {format_size(candidate.kv_need.sum())}",
-        f"steps of at most {candidate.chunk} tokens",
+            runs.append((part, index, index))
+    return runs
+
+
+def _decisions(found: Found, layers: Sequence[Part], experts: Sequence[Part], head: Part) -> tuple[str, ...]:
+    """Why it is so, in words."""
+    candidate, machine = found.candidate, found.candidate.machine
+    sizes, w = candidate.sizes, candidate.workload
+    where = {"resident": "on {}", "host": "on the CPU", "stream": "in host memory, copied to {} for each step"}
+    places = [
+        f"layers {a}-{b} {where.get(part.placement, 'on disk').format(part.device)}" for part, a, b in runs_of(layers)
     ]
-    if found.split.off and found.split.order:
+    if experts:
+        places.append(f"the experts of {len(experts)} layers on the CPU")
+    places.append(f"head {where[head.placement].format(head.device)}")
+    out = [
+        f"weights as {sizes.label}: {format_size(sizes.packed.total)}, {sizes.bits_per_weight:.2f} bits per weight"
+        + (", converted while loading" if sizes.convert else ""),
+        "; ".join(places),
+        f"context {w.context} x {w.parallel} with {candidate.kv_type} cache: {format_size(candidate.kv_need.sum())}",
+        f"steps of at most {candidate.chunk} tokens, up to {candidate.max_num_seqs} sequences that share the cache",
+    ]
+    if found.offload is not None and found.split.off:
         out.append(
             {
-                "host": "offloaded layers are computed where they lie: reading them in host memory beats copying them",
-                "stream": "offloaded layers are copied to the GPU for each step: the link beats the CPU",
-                "experts": "experts stay in host memory: a token reads few of them, attention and cache stay on the GPU",
-            }[found.mode]
+                "host": "what is offloaded is computed where it lies: reading it there beats copying it",
+                "stream": "what is offloaded is copied for each step: the link beats the CPU",
+                "experts": "experts stay in host memory, of which a token reads few; attention and cache on the GPU",
+            }[found.offload.mode]
         )
+    gpu = next((part.device for part in layers if part.device != HOST), None)
+    if gpu and any(part.placement == "host" for part in layers):
+        tokens = crossover_tokens(machine, gpu, sizes.bits_per_weight / 8)
+        if tokens > 1:
+            out.append(f"steps of more than {tokens} tokens would be faster copied to {gpu} than on the CPU")
     return tuple(out)
 
 
 def _warnings(candidate: Candidate, devices: Sequence[Device], reserve: int) -> tuple[str, ...]:
     out = []
-    for device in devices:
-        if device.kind == "assumed":
-            out.append(f"{device.name} is assumed, not measured: its speed is from datasheets")
+    assumed = [device.name for device in devices if device.kind == "assumed"]
+    if assumed:
+        out.append(f"{', '.join(assumed)}: assumed, not measured; speeds are from datasheets")
     if not candidate.machine.measured:
-        out.append("this machine is not calibrated: run `chandra calibrate` for true speeds")
+        out.append("the speed of this machine is a guess: run `chandra calibrate`")
+    if candidate.sizes.low_quality:
+        out.append(f"{candidate.sizes.label} loses quality that shows")
     if reserve:
-        out.append(f"{format_size(reserve)} of every GPU left alone, as asked")
+        out.append(f"{format_size(reserve)} of every device left alone, as asked")
     return tuple(out)

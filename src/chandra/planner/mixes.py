@@ -6,75 +6,71 @@ whose blocks do not divide a row), so that a plan made from shapes agrees with t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from chandra.errors import UsageError
-from chandra.models.spec import TensorSpec
+from chandra.models.spec import ModelSpec, TensorSpec
 from chandra.quant import get_format
 
-# Best first. Labels below LOW_QUALITY lose enough that the planner only chooses them when it is told to or must.
+# Best first. Those of LOW_QUALITY lose so much that the planner only chooses them when it is told to or must.
 LABELS = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 LOW_QUALITY = ("Q3_K_M", "Q2_K")
-ONE_FORMAT = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_0", "Q5_1", "Q4_0", "Q4_1", "int8", "nf4", "nf4-dq")
+ON_REQUEST = ("F32", "BF16", "int8", "nf4", "nf4-dq")  # one format for all large tensors
 
-_SMALLER_BLOCKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+_BASE = {"Q5_K_M": "Q5_K", "Q4_K_M": "Q4_K", "Q3_K_M": "Q3_K"}
+_SMALLER_BLOCKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
-def format_for(label: str, tensor: TensorSpec, num_layers: int, tied: bool, gqa: int) -> str:
-    """Format name of one tensor under a label. Raises UsageError for a label that is not known."""
+def known_label(label: str) -> str:
+    """The label in its usual spelling. Raises UsageError for one that is not known."""
+    for known in (*LABELS, *ON_REQUEST):
+        if known.lower() == label.lower():
+            return known
+    raise UsageError(f"unknown format {label!r}", f"known: {', '.join((*LABELS, *ON_REQUEST))}")
+
+
+def format_for(label: str, tensor: TensorSpec, spec: ModelSpec) -> str:
+    """Format name of one tensor under a label as `known_label` spells it."""
     if not tensor.packable:
         return "F32"
-    canonical = next((known for known in (*LABELS, *ONE_FORMAT) if known.lower() == label.lower()), None)
-    if canonical is None:
-        raise UsageError(f"unknown format {label!r}", f"known: {', '.join(dict.fromkeys((*LABELS, *ONE_FORMAT)))}")
-    name = _MIXES[canonical](tensor, num_layers, tied, gqa) if canonical in _MIXES else canonical
-    return _fit(name, tensor)
+    base = _BASE.get(label, label)
+    if label in ("F16", "Q8_0", *ON_REQUEST):
+        return _fit(base, tensor)
+    if tensor.role == "head" or (spec.tied_embeddings and tensor.role == "embedding"):
+        return _fit("Q6_K", tensor)
+    if tensor.layer is not None and label in ("Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K"):
+        base = _more(label, base, tensor, spec, tensor.layer)
+    return _fit(base, tensor)
+
+
+def _more(label: str, base: str, tensor: TensorSpec, spec: ModelSpec, layer: int) -> str:
+    """What the tensors that matter most get instead of the label's base."""
+    count, attention = spec.num_layers, spec.layers[layer].attention
+    sharing = attention.num_heads // attention.num_kv_heads
+    eight_experts = spec.layers[layer].mlp.num_experts == 8
+    eighth = count // 8
+    more_bits = layer < eighth or layer >= 7 * count // 8 or (layer - eighth) % 3 == 2
+    down, value = "down_proj" in tensor.name, "v_proj" in tensor.name
+    if eight_experts and (value or "k_proj" in tensor.name):
+        return "Q8_0"
+    if eight_experts and "o_proj" in tensor.name:
+        return "Q5_K"
+    if label in ("Q5_K_M", "Q4_K_M"):
+        if more_bits and (down or value):
+            return "Q6_K"
+        return "Q5_K" if value and count == 80 and sharing == 8 else base  # as in the 70B models of Llama
+    if label == "Q3_K_M":
+        if value:
+            return "Q5_K" if layer < 2 else "Q4_K"
+        if down:
+            return "Q5_K" if layer < count // 16 else "Q4_K"
+        return "Q4_K" if "o_proj" in tensor.name else base
+    if value:
+        return "Q4_K" if sharing >= 4 else "Q3_K"
+    return "Q3_K" if down or "o_proj" in tensor.name else base
 
 
 def _fit(name: str, tensor: TensorSpec) -> str:
-    block = getattr(get_format(name), "block_size", 1)
-    if tensor.shape[-1] % block == 0:
-        return name
-    smaller = _SMALLER_BLOCKS.get(name, "F16")
-    return smaller if tensor.shape[-1] % getattr(get_format(smaller), "block_size", 1) == 0 else "F16"
-
-
-def _more_bits(layer: int, num_layers: int) -> bool:
-    eighth = num_layers // 8
-    return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
-
-
-def _is_head(tensor: TensorSpec, tied: bool) -> bool:
-    return tensor.role == "head" or (tied and tensor.role == "embedding")
-
-
-def _mix_k_m(base: str) -> Callable[[TensorSpec, int, bool, int], str]:
-    def choose(tensor: TensorSpec, num_layers: int, tied: bool, _gqa: int) -> str:
-        more = tensor.layer is not None and _more_bits(tensor.layer, num_layers)
-        if _is_head(tensor, tied) or (more and ("v_proj" in tensor.name or "down_proj" in tensor.name)):
-            return "Q6_K"
-        return base
-
-    return choose
-
-
-def _mix_q3_k_m(tensor: TensorSpec, num_layers: int, tied: bool, _gqa: int) -> str:
-    if _is_head(tensor, tied):
-        return "Q6_K"
-    layer = tensor.layer or 0
-    if "v_proj" in tensor.name:
-        return "Q5_K" if layer < 2 else "Q4_K"
-    if "down_proj" in tensor.name:
-        return "Q5_K" if layer < num_layers // 16 else ("Q4_K" if _more_bits(layer, num_layers) else "Q3_K")
-    return "Q4_K" if "o_proj" in tensor.name else "Q3_K"
-
-
-def _mix_q2_k(tensor: TensorSpec, _num_layers: int, tied: bool, gqa: int) -> str:
-    if _is_head(tensor, tied):
-        return "Q6_K"
-    if "v_proj" in tensor.name:
-        return "Q4_K" if gqa >= 4 else "Q3_K"
-    return "Q3_K" if "down_proj" in tensor.name or "o_proj" in tensor.name else "Q2_K"
-
-
-_MIXES = {"Q5_K_M": _mix_k_m("Q5_K"), "Q4_K_M": _mix_k_m("Q4_K"), "Q3_K_M": _mix_q3_k_m, "Q2_K": _mix_q2_k}
+    """The format, or the next one whose blocks divide the rows."""
+    for choice in (name, _SMALLER_BLOCKS.get(name, "F16")):
+        if tensor.shape[-1] % getattr(get_format(choice), "block_size", 1) == 0:
+            return choice
+    return "F16"

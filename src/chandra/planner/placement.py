@@ -1,47 +1,57 @@
 """Where the layers go: an exact search over contiguous runs of layers on devices.
 
 The first `off` layers may be offloaded (computed by the CPU, streamed, or with their experts on the CPU); the rest lie
-on the GPUs in contiguous runs. For every order of the GPUs, every `off` and every bound on the slowest stage, a dynamic
-program finds the split with the least summed time; the best of `sum + balance * slowest stage` wins. Enlarging a
-device only adds splits to choose from, so more memory never makes the result worse.
+in contiguous runs, one for each device, in any order of the devices. For every `off` and every bound on the slowest
+stage, a dynamic program over sets of devices finds the least summed time; the best `sum + BALANCE * bound` wins. The
+bounds depend on times alone, so a larger device only adds splits to choose from: more memory never makes the result
+worse.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-STAGE_BOUNDS = 24  # how finely the time of the slowest stage is searched
+State = tuple[int, ...]  # how many devices of each class are left
+Run = tuple[float, int, int, State]  # time from its start to the end of the model, class, end, devices left
+Mode = Literal["host", "stream", "experts"]
+
+STAGE_BOUNDS = 40  # how finely the time of the slowest stage is searched
+BALANCE = 0.25  # weight of the slowest stage against the sum of stages
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tier:
-    """A GPU that layers can lie on. `room`: bytes for layers, everything else already taken off; `seconds[i]` and
-    `need[i]`: time and bytes of layer i there."""
+    """A device that layers can lie on. `room`: bytes for layers, everything else already taken off; `seconds[i]` and
+    `need[i]`: time and bytes of layer i there; `fixed`: seconds it is busy besides (the head)."""
 
     name: str
-    room: int
+    room: float
     seconds: Floats
     need: Floats
+    fixed: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Offload:
-    """What it costs to offload layer i: bytes on the first GPU and on the host, and time. `fixed_gpu` and `fixed_host`
-    are taken once if any layer is offloaded (staging buffers, the host's share of a step)."""
+    """What it costs to offload layer i: its time, its bytes on the device that computes or caches for it, and on the
+    host. The `fixed_` bytes are taken once if any layer is offloaded (staging buffers).
 
-    mode: str
+    `first` is that device, which then takes the first run of the rest; None: the CPU does it all.
+    """
+
+    mode: Mode
+    first: str | None
+    disk_layers: int
     seconds: Floats
-    gpu_need: Floats
+    first_need: Floats
     host_need: Floats
-    host_room: int
-    fixed_gpu: int = 0
-    fixed_host: int = 0
+    fixed_first: float
+    fixed_host: float
 
 
 @dataclass(frozen=True)
@@ -54,96 +64,149 @@ class Split:
     cost: float
 
 
-def best_split(tiers: Sequence[Tier], offload: Offload | None, num_layers: int, balance: float) -> Split | None:
-    """The cheapest feasible split, or None. With no tiers, all layers are offloaded."""
-    best: Split | None = None
-    for order in _orders(tiers):
-        found = _split_in_order(order, offload, num_layers, balance)
-        if found is not None and (best is None or found.cost < best.cost):
-            best = found
-    return best
+class Splitter:
+    """All splits of a model's layers over some devices. `last`: the device that should come last (it has the head), or
+    `hop` seconds are lost."""
+
+    def __init__(self, tiers: Sequence[Tier], num_layers: int, last: str, hop: float) -> None:
+        self.num_layers, self.last, self.hop = num_layers, last, hop
+        self.classes = _classes(tiers)
+        self.bounds = _stage_bounds(tiers, num_layers)
+        self._rest: dict[State, Floats] = {}
+
+    def best(self, offload: Offload | None = None, host_room: float = 0.0) -> Split | None:
+        """The cheapest feasible split: nothing offloaded, or any number of layers as `offload` says."""
+        everything = tuple(len(tiers) for tiers in self.classes)
+        if offload is None:
+            score = self._cost_from(everything)[:, :1] + BALANCE * self.bounds[:, None]
+            return self._trace(score, everything, None)
+        seconds, on_host = _sums(offload.seconds, 0.0), _sums(offload.host_need, offload.fixed_host)
+        rest = self._cost_from(everything)
+        if offload.first is not None:
+            index, left = self._choice_of(offload.first, everything)
+            tier, on_first = self.classes[index][0], _sums(offload.first_need, offload.fixed_first)
+            idle = np.where(on_first <= tier.room, self._cost_from(left), np.inf)  # it only works for the others
+            rest = np.minimum(idle, self._run(tier, tier.room - on_first, self._cost_from(left)))
+        total = rest + np.where(on_host <= host_room, seconds, np.inf)
+        return self._trace(total + BALANCE * np.maximum(self.bounds[:, None], seconds), everything, offload)
+
+    def firsts(self) -> list[str]:
+        """One device of each class."""
+        return [tiers[0].name for tiers in self.classes]
+
+    def _choice_of(self, name: str, state: State) -> tuple[int, State]:
+        index = self.firsts().index(name)
+        return index, (*state[:index], state[index] - 1, *state[index + 1 :])
+
+    def _choices(self, state: State) -> Iterator[tuple[int, State]]:
+        """Each class of which a device is left, and the state once it is taken."""
+        for index, count in enumerate(state):
+            if count:
+                yield index, (*state[:index], count - 1, *state[index + 1 :])
+
+    def _cost_from(self, state: State) -> Floats:
+        """[bound, i]: least time of layers i.. on the devices of `state`, no stage above the bound."""
+        if state not in self._rest:
+            cost = np.full((len(self.bounds), self.num_layers + 1), np.inf)
+            cost[:, self.num_layers] = 0.0
+            for index, left in self._choices(state):
+                tier = self.classes[index][0]
+                np.minimum(cost, self._run(tier, tier.room, self._cost_from(left)), out=cost)
+            self._rest[state] = cost
+        return self._rest[state]
+
+    def _run(self, tier: Tier, room: float | Floats, after: Floats) -> Floats:
+        """[bound, i]: least time when a run of at least one layer starts at i on `tier` and `after` follows."""
+        n = self.num_layers
+        time, ends = self._ends(tier, room)
+        goal = time + after
+        goal[:, n] = time[n] + self._end_cost(tier)
+        # The least of goal[i + 1 .. end] by a sparse table: level k holds the least of 2^k values from each place on.
+        levels = [goal]
+        for k in range(n.bit_length() - 1):
+            shifted = np.full_like(goal, np.inf)
+            step = 1 << k
+            shifted[:, : n + 1 - step] = levels[-1][:, step:]
+            levels.append(np.minimum(levels[-1], shifted))
+        table = np.stack(levels)
+        length = ends - np.arange(n + 1)
+        level = np.frexp(np.maximum(length, 1))[1] - 1
+        bound, first = np.arange(len(self.bounds))[:, None], np.minimum(np.arange(n + 1) + 1, n)
+        least = np.minimum(table[level, bound, first], table[level, bound, np.maximum(ends + 1 - (1 << level), 0)])
+        return np.where(length > 0, least - time, np.inf)
+
+    def _ends(self, tier: Tier, room: float | Floats) -> tuple[Floats, np.ndarray[Any, np.dtype[np.intp]]]:
+        """Summed times, and [bound, i]: where a run that starts at i must end at the latest."""
+        time = np.concatenate([[0.0], np.cumsum(tier.seconds)])
+        need = np.concatenate([[0.0], np.cumsum(np.where(np.isfinite(tier.need), tier.need, 0.0))])
+        barred = np.append(np.flatnonzero(~np.isfinite(tier.need)), self.num_layers)
+        ends = np.searchsorted(need, need + room, side="right") - 1
+        ends = np.minimum(ends, barred[np.searchsorted(barred, np.arange(self.num_layers + 1)).clip(0, len(barred) - 1)])
+        in_time = np.searchsorted(time, (time + (self.bounds[:, None] - tier.fixed)).ravel(), side="right") - 1
+        return time, np.minimum(ends, in_time.reshape(len(self.bounds), -1))
+
+    def _trace(self, score: Floats, state: State, offload: Offload | None) -> Split | None:
+        """Follow the choices that made the best score."""
+        bound, off = (int(x) for x in np.unravel_index(int(np.argmin(score)), score.shape))
+        if not np.isfinite(score[bound, off]):
+            return None
+        order: list[str] = []
+        counts: list[int] = []
+        start, used = off, [0] * len(self.classes)
+        runs = self._first_runs(state, bound, off, offload) if offload and offload.first else None
+        while start < self.num_layers or runs is not None:
+            _, index, end, state = min(runs or self._runs(state, bound, start))
+            order.append(self.classes[index][used[index]].name)
+            counts.append(end - start)
+            used[index] += 1
+            start, runs = end, None
+        return Split(off, tuple(order), tuple(counts), float(score[bound, off]))
+
+    def _runs(self, state: State, bound: int, start: int) -> Iterator[Run]:
+        """Every run that can start at a layer."""
+        for index, left in self._choices(state):
+            yield from self._runs_on(index, left, self.classes[index][0].room, bound, start)
+
+    def _first_runs(self, state: State, bound: int, start: int, offload: Offload) -> list[Run]:
+        """The runs of the device that works for the offloaded layers; an empty one, too."""
+        assert offload.first is not None
+        index, left = self._choice_of(offload.first, state)
+        room = self.classes[index][0].room - _sums(offload.first_need, offload.fixed_first)[start]
+        idle = [(float(self._cost_from(left)[bound, start]), index, start, left)] if room >= 0 else []
+        return [*idle, *self._runs_on(index, left, room, bound, start)]
+
+    def _runs_on(self, index: int, left: State, room: float, bound: int, start: int) -> Iterator[Run]:
+        tier, after = self.classes[index][0], self._cost_from(left)
+        time, ends = self._ends(tier, room)
+        for end in range(start + 1, int(ends[bound, start]) + 1):
+            rest = after[bound, end] if end < self.num_layers else self._end_cost(tier)
+            yield float(time[end] - time[start] + rest), index, end, left
+
+    def _end_cost(self, tier: Tier) -> float:
+        return 0.0 if tier.name == self.last else self.hop
 
 
-def _orders(tiers: Sequence[Tier]) -> list[tuple[Tier, ...]]:
-    """Orders of the devices that differ in more than names."""
-    seen: dict[tuple[Any, ...], tuple[Tier, ...]] = {}
-    for order in itertools.permutations(tiers):
-        key = tuple((tier.room, float(tier.seconds.sum())) for tier in order)
-        seen.setdefault(key, order)
-    return list(seen.values())
+def _sums(values: Floats, fixed: float) -> Floats:
+    """[i]: the first i values, and `fixed` if i > 0."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    sums[1:] += fixed
+    return sums
 
 
-def _split_in_order(order: tuple[Tier, ...], offload: Offload | None, num_layers: int, balance: float) -> Split | None:
-    seconds_off, feasible_off = _offload_prefix(offload, num_layers)
-    if not order:
-        feasible = offload is not None and feasible_off[num_layers]
-        return Split(num_layers, (), (), float(seconds_off[num_layers])) if feasible else None
-    bounds = _stage_bounds(order, num_layers)
-    # cost_from[t, i]: least time of layers i.. on the devices after the current one, no stage above bounds[t]
-    cost_from = np.full((len(bounds), num_layers + 1), np.inf)
-    cost_from[:, num_layers] = 0.0
-    choices: list[np.ndarray[Any, np.dtype[np.intp]]] = []
-    for tier in reversed(order[1:]):
-        cost_from, ends = _runs(tier, tier.room, cost_from, bounds, num_layers)
-        choices.insert(0, ends)
-    first = order[0]
-    taken = _first_gpu_taken(offload, num_layers)
-    cost_first, ends_first = _runs(first, first.room - taken, cost_from, bounds, num_layers)
-    choices.insert(0, ends_first)
-    total = cost_first + np.where(feasible_off, seconds_off, np.inf)[None, :]
-    score = total + balance * bounds[:, None]
-    t, off = np.unravel_index(int(np.argmin(score)), score.shape)
-    if not np.isfinite(score[t, off]):
-        return None
-    counts, start = [], int(off)
-    for ends in choices:
-        end = int(ends[t, start])
-        counts.append(end - start)
-        start = end
-    return Split(int(off), tuple(tier.name for tier in order), tuple(counts), float(score[t, off]))
+def _classes(tiers: Sequence[Tier]) -> list[list[Tier]]:
+    """Devices grouped so that those of a group differ in nothing but their names."""
+    groups: dict[tuple[Any, ...], list[Tier]] = {}
+    for tier in tiers:
+        key = (tier.room, tier.fixed, tier.seconds.tobytes(), tier.need.tobytes())
+        groups.setdefault(key, []).append(tier)
+    return list(groups.values())
 
 
-def _runs(
-    tier: Tier, room: int | Floats, cost_after: Floats, bounds: Floats, num_layers: int
-) -> tuple[Floats, np.ndarray[Any, np.dtype[np.intp]]]:
-    """Least time of layers i.. when the run starting at i lies on `tier`, and where that run ends; `[bound, i]`."""
-    time = np.concatenate([[0.0], np.cumsum(tier.seconds)])
-    need = np.concatenate([[0.0], np.cumsum(tier.need)])
-    run_time = time[None, :] - time[:, None]  # [start, end]
-    run_need = need[None, :] - need[:, None]
-    ends_after_start = np.arange(num_layers + 1)[None, :] >= np.arange(num_layers + 1)[:, None]
-    limit = np.broadcast_to(np.asarray(room, np.float64), (num_layers + 1,))[:, None]
-    fits = ends_after_start & ((run_need <= limit) | (run_need == 0)) & (limit >= 0)
-    fits = fits[None] & (run_time[None] <= bounds[:, None, None])
-    cost = np.where(fits, run_time[None] + cost_after[:, None, :], np.inf)
-    ends = cost.argmin(axis=2)
-    return np.take_along_axis(cost, ends[:, :, None], axis=2)[:, :, 0], ends
-
-
-def _offload_prefix(offload: Offload | None, num_layers: int) -> tuple[Floats, np.ndarray[Any, np.dtype[np.bool_]]]:
-    """Time of offloading the first i layers, and whether the host has room for them."""
-    if offload is None:
-        return np.zeros(num_layers + 1), np.arange(num_layers + 1) == 0
-    seconds = np.concatenate([[0.0], np.cumsum(offload.seconds)])
-    need = np.concatenate([[0.0], np.cumsum(offload.host_need)])
-    feasible = need + offload.fixed_host * (np.arange(num_layers + 1) > 0) <= offload.host_room
-    feasible[0] = True
-    return seconds, feasible
-
-
-def _first_gpu_taken(offload: Offload | None, num_layers: int) -> Floats:
-    """Bytes that the first i offloaded layers take on the first GPU."""
-    if offload is None:
-        return np.zeros(num_layers + 1)
-    taken = np.concatenate([[0.0], np.cumsum(offload.gpu_need)])
-    taken[1:] += offload.fixed_gpu
-    return taken
-
-
-def _stage_bounds(order: tuple[Tier, ...], num_layers: int) -> Floats:
-    """Bounds on the slowest stage worth trying. They depend on times only, never on how much memory there is."""
-    if len(order) == 1:
-        return np.array([np.inf]) if num_layers == 0 else np.array([float(order[0].seconds.sum()) + 1e-12])
-    totals = [float(tier.seconds.sum()) for tier in order]
-    ideal = 1 / sum(1 / max(total, 1e-12) for total in totals)
-    return np.linspace(ideal * 1.0000001, max(totals) + 1e-12, STAGE_BOUNDS)
+def _stage_bounds(tiers: Sequence[Tier], num_layers: int) -> Floats:
+    """Bounds on the slowest stage worth trying, closer together where balance is near."""
+    totals = [float(tier.seconds.sum()) for tier in tiers]
+    most = max((total + tier.fixed for total, tier in zip(totals, tiers, strict=True)), default=0.0) * 1.000001
+    if len(tiers) < 2 or not num_layers:
+        return np.array([most])
+    ideal = 1.000001 / sum(1 / max(total, 1e-12) for total in totals)
+    return ideal + (most - ideal) * np.linspace(0, 1, STAGE_BOUNDS) ** 2

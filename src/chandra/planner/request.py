@@ -68,7 +68,7 @@ class PlanRequest:
             chunk=self.chunk,
             layers=parse_layers(self.layers),
             reserve=parse_size(self.reserve) if self.reserve else 0,
-            disk=None if self.disk is None else parse_size(self.disk),
+            disk=parse_size(self.disk) if self.disk else 0,
         )
 
     def devices(self, present: Sequence[Device]) -> tuple[Device, ...]:

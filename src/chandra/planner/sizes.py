@@ -3,39 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
 
+from chandra.checkpoint import Checkpoint
+from chandra.models import find_sources, read_spec, spec_from_config, tensor_table
 from chandra.models.spec import ModelSpec, TensorSpec
-from chandra.planner.mixes import format_for
+from chandra.planner.mixes import LABELS, LOW_QUALITY, format_for, known_label
 from chandra.quant import get_format
 
 
+class HostKernels(Protocol):
+    """What the CPU backend says of its own memory; `calibrate.host_kernels` has the real one."""
+
+    def weight_bytes(self, format: str, shape: tuple[int, ...]) -> int:
+        """Bytes of a weight in the layout its kernel wants."""
+        ...
+
+    def scratch_bytes(self, spec: ModelSpec, rows: int, logit_rows: int) -> int:
+        """Bytes the kernels take for themselves in steps of so many rows."""
+        ...
+
+
+class PlainKernels:
+    """A CPU that computes with weights as they are stored."""
+
+    def weight_bytes(self, format: str, shape: tuple[int, ...]) -> int:
+        return packed_bytes(format, shape)
+
+    def scratch_bytes(self, spec: ModelSpec, rows: int, logit_rows: int) -> int:  # noqa: ARG002
+        return 0
+
+
+@cache
+def packed_bytes(format: str, shape: tuple[int, ...]) -> int:
+    return get_format(format).nbytes(shape)
+
+
 @dataclass(frozen=True)
-class ModelSizes:
-    """Bytes of each piece under one choice of formats. A tied head reads the embedding's bytes and adds none.
+class Pieces:
+    """Bytes of each piece. `dense[i]`: weights of layer i that every token reads; `experts[i]`: all its experts. A tied
+    head reads the embedding and adds nothing to `head` but the final norm."""
 
-    `dense[i]`: weights of layer i that every token reads; `experts[i]`: its experts, all of them. `largest`: the
-    largest single tensor (what loading needs besides the result). `macs[i]`: multiply-adds of one token in layer i.
-    """
-
-    label: str
-    convert: bool
     embedding: int
     head: int
-    tied: bool
     dense: tuple[int, ...]
     experts: tuple[int, ...]
-    macs: tuple[float, ...]
-    head_macs: float
-    active: float  # share of the experts that one token reads
-    largest: int
-    bits_per_weight: float
-
-    @property
-    def head_read(self) -> int:
-        """Bytes read to compute logits."""
-        return self.embedding if self.tied else self.head
 
     @property
     def total(self) -> int:
@@ -45,44 +60,158 @@ class ModelSizes:
         return self.dense[index] + self.experts[index]
 
 
-def sizes(
-    spec: ModelSpec, tensors: Sequence[TensorSpec], label: str, stored: Mapping[str, str] | None = None
-) -> ModelSizes:
-    """Sizes with the formats in `stored` (tensor name -> format), or packed as `label` says.
+@dataclass(frozen=True)
+class ModelSizes:
+    """A model under one choice of formats.
 
-    Raises UsageError for an unknown label and UnsupportedError for a shape that a format cannot hold.
+    `packed`: bytes on a GPU, on disk and to copy; `host`: bytes in the layout of the CPU's kernels. `stored`: bytes to
+    read from disk to load it. `largest`: the largest single tensor. `dense_macs[i]`, `expert_macs[i]`: multiply-adds of
+    one token in layer i; `active[i]`: the share of its experts that one token reads.
     """
-    attention = spec.layers[0].attention
-    gqa = attention.num_heads // attention.num_kv_heads
-    dense, experts, macs = ([0] * spec.num_layers for _ in range(3))
-    embedding = head = largest = values = 0
-    for tensor in tensors:
-        name = stored[tensor.name] if stored else format_for(label, tensor, spec.num_layers, spec.tied_embeddings, gqa)
-        nbytes = get_format(name).nbytes(tensor.shape)
+
+    label: str
+    convert: bool
+    tied: bool
+    packed: Pieces
+    host: Pieces
+    stored: int
+    largest: int
+    dense_macs: tuple[float, ...]
+    expert_macs: tuple[float, ...]
+    active: tuple[float, ...]
+    head_macs: float
+    bits_per_weight: float
+
+    @property
+    def low_quality(self) -> bool:
+        return self.label in LOW_QUALITY
+
+
+@dataclass(frozen=True)
+class PlannableModel:
+    """A model as the planner sees it. `variants`: the formats the user has or can make, best quality first."""
+
+    name: str
+    spec: ModelSpec
+    variants: tuple[ModelSizes, ...]
+    kernels: HostKernels = PlainKernels()
+
+
+def model_of_config(
+    name: str, config: Mapping[str, Any], label: str | None = None, kernels: HostKernels | None = None
+) -> PlannableModel:
+    """A model known by its `config.json` alone: in all usual formats, or only the one the user names.
+
+    Raises UnsupportedError for an architecture Chandra does not have, UsageError for an unknown format.
+    """
+    spec, kernels = spec_from_config(config), kernels or PlainKernels()
+    labels = (known_label(label),) if label else LABELS
+    return PlannableModel(name, spec, tuple(sizes_as(spec, x, kernels) for x in labels), kernels)
+
+
+def model_of_checkpoint(
+    name: str, checkpoint: Checkpoint, label: str | None = None, kernels: HostKernels | None = None
+) -> PlannableModel:
+    """A model on disk: in its own format, and in those it can be converted to while it is loaded.
+
+    A file of 16 bits or more can become any usual format; what is quantized stays as it is, unless the user names
+    another `label`. Raises CheckpointError and UnsupportedError as `read_spec` does, UsageError for an unknown format.
+    """
+    spec, kernels = read_spec(checkpoint), kernels or PlainKernels()
+    stored = {}
+    for source in find_sources(spec, checkpoint):
+        tensor = source.tensor
+        stored[tensor.name] = checkpoint.tensors[source.names[0]].format if tensor.packable else "F32"
+    own = _sizes(spec, _own_label(spec, stored), stored, kernels, convert=False)
+    labels = LABELS if own.bits_per_weight > 15 else ()
+    if label and label.lower() != own.label.lower():
+        labels = (known_label(label),)
+    elif label:
+        labels = ()
+    made = (sizes_as(spec, x, kernels, own.packed.total) for x in labels if x not in ("F16", own.label) or x == label)
+    return PlannableModel(name, spec, (own, *made), kernels)
+
+
+def sizes_as(spec: ModelSpec, label: str, kernels: HostKernels, stored: int | None = None) -> ModelSizes:
+    """Sizes packed as a label says. `stored`: bytes of the file it is converted from; None: it is had in that form.
+
+    Raises UnsupportedError for a shape that a format cannot hold.
+    """
+    formats = {tensor.name: format_for(label, tensor, spec) for tensor in tensor_table(spec)}
+    return _sizes(spec, label, formats, kernels, convert=stored is not None, stored=stored)
+
+
+def tensor_formats(spec: ModelSpec, label: str) -> dict[str, str]:
+    """For the loader: the format of every tensor that a label packs."""
+    return {t.name: format_for(label, t, spec) for t in tensor_table(spec) if t.packable}
+
+
+def _own_label(spec: ModelSpec, stored: Mapping[str, str]) -> str:
+    """The label whose mix agrees best with a file, counting values; a single format names itself."""
+    tensors = [t for t in tensor_table(spec) if t.packable]
+    formats = {stored[t.name] for t in tensors}
+    if len(formats) == 1:
+        return formats.pop()
+
+    def agreeing(label: str) -> int:
+        return sum(math.prod(t.shape) for t in tensors if format_for(label, t, spec) == stored[t.name])
+
+    return max(LABELS, key=agreeing)
+
+
+def _sizes(
+    spec: ModelSpec,
+    label: str,
+    formats: Mapping[str, str],
+    kernels: HostKernels,
+    *,
+    convert: bool,
+    stored: int | None = None,
+) -> ModelSizes:
+    packed, host = _Tally(spec), _Tally(spec)
+    dense_macs, expert_macs = [0.0] * spec.num_layers, [0.0] * spec.num_layers
+    largest = values = 0
+    for tensor in tensor_table(spec):
+        name = formats[tensor.name]
+        nbytes = packed_bytes(name, tensor.shape)
+        packed.add(tensor, nbytes)
+        in_kernel = tensor.packable or tensor.role == "router"
+        host.add(tensor, kernels.weight_bytes(name, tensor.shape) if in_kernel else nbytes)
         largest, values = max(largest, nbytes), values + math.prod(tensor.shape)
-        if tensor.layer is not None:
-            mlp = spec.layers[tensor.layer].mlp
-            (experts if tensor.role == "experts" else dense)[tensor.layer] += nbytes
-            if len(tensor.shape) > 1:
-                active = mlp.experts_per_token if tensor.role == "experts" else 1
-                macs[tensor.layer] += active * math.prod(tensor.shape[-2:])
-        elif tensor.role == "embedding":
-            embedding += nbytes
-        else:
-            head += nbytes
-    mlp = spec.layers[0].mlp
-    total = embedding + head + sum(dense) + sum(experts)
+        if tensor.layer is not None and tensor.role == "experts":
+            used = spec.layers[tensor.layer].mlp.experts_per_token
+            expert_macs[tensor.layer] += used * math.prod(tensor.shape[-2:])
+        elif tensor.layer is not None and len(tensor.shape) > 1:
+            dense_macs[tensor.layer] += math.prod(tensor.shape)
+    mlps = [layer.mlp for layer in spec.layers]
     return ModelSizes(
         label=label,
-        convert=stored is None,
-        embedding=embedding,
-        head=head,
+        convert=convert,
         tied=spec.tied_embeddings,
-        dense=tuple(dense),
-        experts=tuple(experts),
-        macs=tuple(float(m) for m in macs),
-        head_macs=float(spec.vocab_size * spec.hidden_size),
-        active=mlp.experts_per_token / mlp.num_experts if mlp.num_experts else 1.0,
+        packed=packed.pieces(),
+        host=host.pieces(),
+        stored=stored or packed.pieces().total,
         largest=largest,
-        bits_per_weight=8 * total / values,
+        dense_macs=tuple(dense_macs),
+        expert_macs=tuple(expert_macs),
+        active=tuple(mlp.experts_per_token / mlp.num_experts if mlp.num_experts else 1.0 for mlp in mlps),
+        head_macs=float(spec.vocab_size * spec.hidden_size),
+        bits_per_weight=8 * packed.pieces().total / values,
     )
+
+
+class _Tally:
+    """Bytes added up by piece."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.outside = {"embedding": 0, "head": 0}
+        self.dense, self.experts = [0] * spec.num_layers, [0] * spec.num_layers
+
+    def add(self, tensor: TensorSpec, nbytes: int) -> None:
+        if tensor.layer is None:
+            self.outside["embedding" if tensor.role == "embedding" else "head"] += nbytes
+        else:
+            (self.experts if tensor.role == "experts" else self.dense)[tensor.layer] += nbytes
+
+    def pieces(self) -> Pieces:
+        return Pieces(self.outside["embedding"], self.outside["head"], tuple(self.dense), tuple(self.experts))

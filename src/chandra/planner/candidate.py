@@ -1,0 +1,186 @@
+"""One point of the search, without placement: what each layer takes on each device and how long it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from chandra.kvcache.layout import LayerGroup
+from chandra.memory.device import Device
+from chandra.memory.plan import Placement, Workload
+from chandra.models.decoder import workspace_bytes
+from chandra.planner.cost import Machine, Profile
+from chandra.planner.placement import Floats, Mode, Offload, Tier
+from chandra.planner.sizes import ModelSizes, Pieces, PlannableModel
+
+BLOCK_SIZE = 16
+ANSWER = 256  # tokens of the answer that plans are compared with
+HOST = "cpu"
+HOP = 2e-5  # seconds to hand the hidden state to the next device
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """Formats, workload, cache type and chunk. All arrays are over the layers."""
+
+    model: PlannableModel
+    sizes: ModelSizes
+    workload: Workload
+    kv_type: str
+    chunk: int
+    max_num_seqs: int
+    machine: Machine
+    _seconds: dict[Any, Floats] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.spec.num_layers
+
+    @property
+    def max_logit_rows(self) -> int:
+        return self.max_num_seqs
+
+    def pieces(self, device: str) -> Pieces:
+        """Bytes of the weights as this device keeps them."""
+        return self.sizes.host if device == HOST or device.startswith("virtual") else self.sizes.packed
+
+    @cached_property
+    def kv_token(self) -> Floats:
+        """Bytes of one token's keys and values."""
+        return self._by_attention(lambda group: group.token_bytes(self.kv_type))
+
+    @cached_property
+    def kv_need(self) -> Floats:
+        """Bytes of cache with which the workload never runs out."""
+        w = self.workload
+        blocks = self._by_attention(lambda group: group.max_blocks(w.context, self.chunk, BLOCK_SIZE, w.parallel))
+        return blocks * BLOCK_SIZE * self.kv_token
+
+    def _by_attention(self, measure: Callable[[LayerGroup], int]) -> Floats:
+        shapes = [(x.attention.num_kv_heads, x.attention.head_dim, x.attention.window) for x in self.model.spec.layers]
+        known = {shape: measure(LayerGroup((0,), *shape)) for shape in set(shapes)}
+        return np.array([known[shape] for shape in shapes], np.float64)
+
+    def weights(self, device: str) -> Floats:
+        pieces = self.pieces(device)
+        return np.add(pieces.dense, pieces.experts, dtype=np.float64)
+
+    def workspace(self, device: str, head: bool, layers: Sequence[int] | None = None) -> int:
+        """Bytes of activation buffers, and of the CPU kernels' own. `layers`: those held; None: any of them."""
+        spec, rows = self.model.spec, self.max_logit_rows if head else 0
+        held = range(spec.num_layers) if layers is None else layers
+        own = self.model.kernels.scratch_bytes(spec, self.chunk, rows) if self.pieces(device) is self.sizes.host else 0
+        return own + workspace_bytes(spec, held, self.chunk, rows)
+
+    def step_seconds(
+        self, placement: Placement, device: Profile, rows: int, sequences: int, context: float, experts_apart: bool = False
+    ) -> Floats:
+        """Seconds of each layer in a step of `rows` tokens of `sequences` sequences that are `context` long.
+
+        `device` computes it; with `experts_apart` the CPU computes the experts.
+        """
+        dense, experts = np.array(self.sizes.packed.dense, float), np.array(self.sizes.packed.experts, float)
+        read = experts * (1 - (1 - np.array(self.sizes.active)) ** rows)
+        seen, heads = self._attention_shape(context)
+        macs = rows * (np.array(self.sizes.dense_macs) + 2 * heads * np.minimum(seen, (context + rows) / 2))
+        expert_macs, cache = rows * np.array(self.sizes.expert_macs), sequences * seen * self.kv_token
+        if experts_apart:
+            host = self.machine.host
+            apart = np.maximum(read / host.bandwidth, expert_macs / host.macs)
+            apart = np.where(experts > 0, apart + host.layer_overhead + 2 * HOP, 0)
+            return apart + np.maximum((dense + cache) / device.bandwidth, macs / device.macs) + device.layer_overhead
+        reads, work = dense + read + cache, macs + expert_macs
+        compute = np.maximum(reads / device.bandwidth, work / device.macs) + device.layer_overhead
+        if placement == "stream" and device.link is not None:
+            return np.maximum(compute, (dense + experts) / device.link)
+        if placement == "disk":
+            return np.maximum(compute, (dense + experts) / self.machine.disk)
+        return compute
+
+    def _attention_shape(self, context: float) -> tuple[Floats, Floats]:
+        """Tokens a query sees, and width of all query heads."""
+        attention = [layer.attention for layer in self.model.spec.layers]
+        seen = np.array([min(context, a.window or context) for a in attention])
+        return seen, np.array([float(a.num_heads * a.head_dim) for a in attention])
+
+    def request_seconds(self, placement: Placement, device: Profile, experts_apart: bool = False) -> Floats:
+        """Seconds each layer takes for one request (prompt and answer), with `parallel` of them sharing a step."""
+        key = (placement, device, experts_apart)
+        if key not in self._seconds:
+            w = self.workload
+            rows = min(self.chunk, w.prompt)
+            prompt = self.step_seconds(placement, device, rows, 1, w.prompt / 2, experts_apart)
+            step = self.step_seconds(placement, device, w.parallel, w.parallel, self.typical_context, experts_apart)
+            self._seconds[key] = -(-w.prompt // self.chunk) * prompt + ANSWER / w.parallel * step
+        return self._seconds[key]
+
+    @property
+    def typical_context(self) -> int:
+        """Tokens in the cache in the middle of an answer."""
+        return min(self.workload.context, self.workload.prompt + ANSWER // 2)
+
+    def head_step(self, device: Profile, sequences: int) -> float:
+        """Seconds to compute one row of logits for each sequence."""
+        pieces = self.sizes.packed
+        read = pieces.embedding if self.sizes.tied else pieces.head
+        return max(read / device.bandwidth, sequences * self.sizes.head_macs / device.macs)
+
+    def head_seconds(self, device: Profile) -> float:
+        """Seconds the head takes for one request."""
+        parallel = self.workload.parallel
+        return self.head_step(device, 1) + ANSWER / parallel * self.head_step(device, parallel)
+
+    def outer_weights(self, device: str, head: bool) -> int:
+        """Bytes of embedding and head on a device. The embedding lies on the host, unless it is the head as well."""
+        pieces = self.pieces(device)
+        taken = pieces.head if head else 0
+        if head if self.sizes.tied else device == HOST:
+            taken += pieces.embedding
+        return taken
+
+    def taken(self, device: Device, head: bool, computes: bool = True) -> int:
+        """Bytes of everything but layers and their cache on a device that computes layers or only passes them on."""
+        layers = None if computes else ()
+        outside = self.outer_weights(device.name, head) + self.workspace(device.name, head, layers)
+        return self.machine.of(device.name).runtime + outside
+
+    def tier(self, device: Device, head: bool, room: float, allowed: Sequence[bool]) -> Tier:
+        """The device as a place for layers. `room`: bytes left for them."""
+        profile = self.machine.of(device.name)
+        need = np.where(allowed, self.weights(device.name) + self.kv_need, np.inf)
+        seconds = self.request_seconds("resident", profile)
+        return Tier(device.name, room, seconds, need, self.head_seconds(profile) if head else 0.0)
+
+    def offload(self, mode: Mode, gpu: str | None, disk_layers: int) -> Offload:
+        """Offloading the first layers in one of the modes; the first `disk_layers` of them are read from disk.
+
+        `gpu`: the device that computes what the CPU does not; None: the CPU computes beside GPUs; "cpu": there is no
+        other device, so that what is not on disk shares the room of the layers that follow.
+        """
+        on_disk = np.arange(self.num_layers) < disk_layers
+        device, zeros = self.machine.of(gpu or HOST), np.zeros(self.num_layers)
+        kept, first_need = self.weights(gpu or HOST), self.kv_need
+        if mode == "experts":
+            kept = np.array(self.sizes.host.experts, np.float64)
+            first_need = self.kv_need + self.pieces(gpu or HOST).dense
+        kept = np.where(on_disk, 0.0, kept)
+        seconds = self.request_seconds("stream" if mode == "stream" else "host", device, mode == "experts")
+        if disk_layers:
+            seconds = np.where(on_disk, self.request_seconds("disk", device), seconds)
+        staging = 2 * float(self.weights(gpu or HOST).max())
+        if gpu == HOST:
+            return Offload(mode, HOST, disk_layers, seconds, first_need + kept, zeros, staging, 0.0)
+        return Offload(
+            mode=mode,
+            first=gpu,
+            disk_layers=disk_layers,
+            seconds=seconds,
+            first_need=first_need if gpu else zeros,
+            host_need=kept if gpu else kept + self.kv_need,
+            fixed_first=staging if mode == "stream" else 0.0,
+            fixed_host=staging if mode == "stream" or disk_layers else 0.0,
+        )
