@@ -11,7 +11,7 @@ from chandra.planner.cost import ASSUMED_HOST, Machine, Profile, machine_with
 from chandra.planner.planner import Constraints, check, search
 from chandra.planner.refuse import does_not_fit
 from chandra.planner.request import PlanRequest
-from chandra.planner.sizes import PlannableModel, model_of_checkpoint, model_of_config, tensor_formats
+from chandra.planner.sizes import PlannableModel, plannable, plannable_config, tensor_formats
 
 __all__ = [
     "ASSUMED_HOST",
@@ -21,21 +21,22 @@ __all__ = [
     "PlannableModel",
     "Profile",
     "machine_with",
-    "model_of_checkpoint",
-    "model_of_config",
     "plan",
+    "plannable",
+    "plannable_config",
     "tensor_formats",
 ]
 
 
-def plan(model: PlannableModel, devices: Sequence[Device], host: Machine, constraints: Constraints) -> Plan:
-    """The best plan that keeps the constraints. `devices` includes the host, named "cpu"; `host` is its calibration.
+def plan(model: PlannableModel, devices: Sequence[Device], machine: Machine, constraints: Constraints) -> Plan:
+    """The best plan that keeps the constraints. `devices` includes the host, named "cpu". A device that
+    `machine` has no profile for gets that of its datasheet.
 
     Pure: reads no weights, allocates nothing. Raises UsageError for constraints that contradict each other or the
     model, and DoesNotFit, naming the smallest changes that would fit.
     """
     check(model, devices, constraints)
-    machine = machine_with(host, devices)
+    machine = machine_with(machine, devices)
     found = search(model, devices, machine, constraints)
     if found is None:
         raise does_not_fit(model, devices, machine, constraints)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 
 from chandra.kvcache.layout import group_layers
 from chandra.memory.device import Device, format_size
@@ -74,7 +75,8 @@ def _parts(found: Found) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
             nbytes = candidate.sizes.host.experts[index]
             experts.append(Part(f"{label}.experts", "disk" if on_disk else "host", HOST, nbytes))
         else:
-            layers.append(Part(label, "disk" if on_disk else offload.mode, device, candidate.pieces(device).layer(index)))
+            kept: Placement = "disk" if on_disk else offload.mode
+            layers.append(Part(label, kept, device, candidate.pieces(device).layer(index)))
     return tuple(layers), tuple(experts)
 
 
@@ -109,7 +111,7 @@ def _speed(candidate: Candidate, layers: Sequence[Part], experts: Sequence[Part]
     apart = {int(part.name.split(".")[1]) for part in experts}
     kinds = sorted({(part.placement, part.device, i in apart) for i, part in enumerate(layers)})
     places = [part.device for part in layers] + [head_device]
-    hops = sum(a != b for a, b in zip(places, places[1:], strict=False))
+    hops = sum(a != b for a, b in pairwise(places))
 
     def step(rows: int, sequences: int, context: float) -> float:
         seconds = candidate.head_step(machine.of(head_device), sequences) + hops * HOP

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -77,29 +77,29 @@ class Candidate:
         return own + workspace_bytes(spec, held, self.chunk, rows)
 
     def step_seconds(
-        self, placement: Placement, device: Profile, rows: int, sequences: int, context: float, experts_apart: bool = False
+        self, placement: Placement, device: Profile, rows: int, sequences: int, context: float, apart: bool = False
     ) -> Floats:
         """Seconds of each layer in a step of `rows` tokens of `sequences` sequences that are `context` long.
 
-        `device` computes it; with `experts_apart` the CPU computes the experts.
+        `device` computes it; with `apart` the CPU computes the experts.
         """
-        dense, experts = np.array(self.sizes.packed.dense, float), np.array(self.sizes.packed.experts, float)
-        read = experts * (1 - (1 - np.array(self.sizes.active)) ** rows)
+        sizes, host = self.sizes, self.machine.host
+        dense, experts = np.array(sizes.packed.dense, float), np.array(sizes.packed.experts, float)
+        read = experts * (1 - (1 - np.array(sizes.active)) ** rows)
         seen, heads = self._attention_shape(context)
-        macs = rows * (np.array(self.sizes.dense_macs) + 2 * heads * np.minimum(seen, (context + rows) / 2))
-        expert_macs, cache = rows * np.array(self.sizes.expert_macs), sequences * seen * self.kv_token
-        if experts_apart:
-            host = self.machine.host
-            apart = np.maximum(read / host.bandwidth, expert_macs / host.macs)
-            apart = np.where(experts > 0, apart + host.layer_overhead + 2 * HOP, 0)
-            return apart + np.maximum((dense + cache) / device.bandwidth, macs / device.macs) + device.layer_overhead
-        reads, work = dense + read + cache, macs + expert_macs
-        compute = np.maximum(reads / device.bandwidth, work / device.macs) + device.layer_overhead
+        macs = rows * (np.array(sizes.dense_macs) + 2 * heads * np.minimum(seen, (context + rows) / 2))
+        expert_macs = rows * np.array(sizes.expert_macs)
+        elsewhere = np.zeros(len(dense))
+        if apart:
+            elsewhere = np.maximum(read / host.bandwidth, expert_macs / host.macs) + host.layer_overhead + 2 * HOP
+            elsewhere, read, expert_macs = np.where(experts > 0, elsewhere, 0), 0 * read, 0 * expert_macs
+        reads = dense + read + sequences * seen * self.kv_token
+        compute = np.maximum(reads / device.bandwidth, (macs + expert_macs) / device.macs) + device.layer_overhead
         if placement == "stream" and device.link is not None:
-            return np.maximum(compute, (dense + experts) / device.link)
-        if placement == "disk":
-            return np.maximum(compute, (dense + experts) / self.machine.disk)
-        return compute
+            compute = np.maximum(compute, (dense + experts) / device.link)
+        elif placement == "disk":
+            compute = np.maximum(compute, (dense + experts) / self.machine.disk)
+        return cast(Floats, compute + elsewhere)
 
     def _attention_shape(self, context: float) -> tuple[Floats, Floats]:
         """Tokens a query sees, and width of all query heads."""
@@ -107,14 +107,14 @@ class Candidate:
         seen = np.array([min(context, a.window or context) for a in attention])
         return seen, np.array([float(a.num_heads * a.head_dim) for a in attention])
 
-    def request_seconds(self, placement: Placement, device: Profile, experts_apart: bool = False) -> Floats:
+    def request_seconds(self, placement: Placement, device: Profile, apart: bool = False) -> Floats:
         """Seconds each layer takes for one request (prompt and answer), with `parallel` of them sharing a step."""
-        key = (placement, device, experts_apart)
+        key = (placement, device, apart)
         if key not in self._seconds:
             w = self.workload
             rows = min(self.chunk, w.prompt)
-            prompt = self.step_seconds(placement, device, rows, 1, w.prompt / 2, experts_apart)
-            step = self.step_seconds(placement, device, w.parallel, w.parallel, self.typical_context, experts_apart)
+            prompt = self.step_seconds(placement, device, rows, 1, w.prompt / 2, apart)
+            step = self.step_seconds(placement, device, w.parallel, w.parallel, self.typical_context, apart)
             self._seconds[key] = -(-w.prompt // self.chunk) * prompt + ANSWER / w.parallel * step
         return self._seconds[key]
 

@@ -62,11 +62,13 @@ def machine_with(host: Machine, devices: Sequence[Device]) -> Machine:
     profiles = dict(host.profiles)
     for device in devices:
         bandwidth = device.bandwidth or ASSUMED_BANDWIDTH
+        if device.name in profiles:
+            continue
         if device.kind == "virtual":
             base = host.host
             read = min(base.bandwidth, device.bandwidth or base.bandwidth)
             profiles[device.name] = Profile(read, base.macs, base.layer_overhead, device.link)
-        elif device.kind != "cpu":
+        else:
             link = device.link or ASSUMED_LINK
             profiles[device.name] = Profile(0.8 * bandwidth, 27 * bandwidth, 4e-6, link, GPU_RUNTIME)
     return Machine(profiles, host.disk, host.convert, host.measured)

@@ -70,7 +70,7 @@ class Splitter:
 
     def __init__(self, tiers: Sequence[Tier], num_layers: int, last: str, hop: float) -> None:
         self.num_layers, self.last, self.hop = num_layers, last, hop
-        self.classes = _classes(tiers)
+        self.classes = _classes(tiers, last)
         self.bounds = _stage_bounds(tiers, num_layers)
         self._rest: dict[State, Floats] = {}
 
@@ -141,7 +141,7 @@ class Splitter:
         need = np.concatenate([[0.0], np.cumsum(np.where(np.isfinite(tier.need), tier.need, 0.0))])
         barred = np.append(np.flatnonzero(~np.isfinite(tier.need)), self.num_layers)
         ends = np.searchsorted(need, need + room, side="right") - 1
-        ends = np.minimum(ends, barred[np.searchsorted(barred, np.arange(self.num_layers + 1)).clip(0, len(barred) - 1)])
+        ends = np.minimum(ends, barred[np.searchsorted(barred, np.arange(self.num_layers + 1))])
         in_time = np.searchsorted(time, (time + (self.bounds[:, None] - tier.fixed)).ravel(), side="right") - 1
         return time, np.minimum(ends, in_time.reshape(len(self.bounds), -1))
 
@@ -193,11 +193,11 @@ def _sums(values: Floats, fixed: float) -> Floats:
     return sums
 
 
-def _classes(tiers: Sequence[Tier]) -> list[list[Tier]]:
+def _classes(tiers: Sequence[Tier], last: str) -> list[list[Tier]]:
     """Devices grouped so that those of a group differ in nothing but their names."""
     groups: dict[tuple[Any, ...], list[Tier]] = {}
     for tier in tiers:
-        key = (tier.room, tier.fixed, tier.seconds.tobytes(), tier.need.tobytes())
+        key = (tier.name == last, tier.room, tier.fixed, tier.seconds.tobytes(), tier.need.tobytes())
         groups.setdefault(key, []).append(tier)
     return list(groups.values())
 

@@ -246,9 +246,7 @@ def _offloads(
             yield candidate.offload(mode, name, disk_layers)
 
 
-def _distinct(
-    candidate: Candidate, gpus: Sequence[Device], allowed: Mapping[str, Sequence[bool]]
-) -> list[Device]:
+def _distinct(candidate: Candidate, gpus: Sequence[Device], allowed: Mapping[str, Sequence[bool]]) -> list[Device]:
     """Devices that differ in more than names; of equal ones the last, where the last layers will lie."""
     return list({(d.cap, d.kind, candidate.machine.of(d.name), tuple(allowed[d.name])): d for d in gpus}.values())
 

@@ -26,9 +26,7 @@ def does_not_fit(model: PlannableModel, devices: Sequence[Device], machine: Mach
     )
 
 
-def smaller_requests(
-    model: PlannableModel, devices: Sequence[Device], machine: Machine, c: Constraints
-) -> list[str]:
+def smaller_requests(model: PlannableModel, devices: Sequence[Device], machine: Machine, c: Constraints) -> list[str]:
     """One constraint of the user at a time, loosened as little as helps."""
 
     def fits(**changes: object) -> bool:
@@ -46,10 +44,9 @@ def smaller_requests(
     if c.format is not None:
         found = search(model, devices, machine, replace(c, format=None))
         out += [f"with --quant {found.candidate.sizes.label}"] if found else []
-    for option, change in (("--layers", {"layers": {}}), ("--chunk", {"chunk": None}), ("--reserve", {"reserve": 0})):
-        name, value = next(iter(change.items()))
-        if getattr(c, name) != value and fits(**change):
-            out.append(f"without {option}")
+    out += ["without --layers"] if c.layers and fits(layers={}) else []
+    out += ["without --chunk"] if c.chunk and fits(chunk=None) else []
+    out += ["without --reserve"] if c.reserve and fits(reserve=0) else []
     return out
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, Protocol
 
 from chandra.checkpoint import Checkpoint
-from chandra.models import find_sources, read_spec, spec_from_config, tensor_table
+from chandra.models import find_sources, spec_from_config, tensor_table
 from chandra.models.spec import ModelSpec, TensorSpec
 from chandra.planner.mixes import LABELS, LOW_QUALITY, format_for, known_label
 from chandra.quant import get_format
@@ -35,6 +35,9 @@ class PlainKernels:
 
     def scratch_bytes(self, spec: ModelSpec, rows: int, logit_rows: int) -> int:  # noqa: ARG002
         return 0
+
+
+PLAIN = PlainKernels()
 
 
 @cache
@@ -94,41 +97,38 @@ class PlannableModel:
     name: str
     spec: ModelSpec
     variants: tuple[ModelSizes, ...]
-    kernels: HostKernels = PlainKernels()
+    kernels: HostKernels = PLAIN
 
 
-def model_of_config(
-    name: str, config: Mapping[str, Any], label: str | None = None, kernels: HostKernels | None = None
+def plannable_config(
+    name: str, config: Mapping[str, Any], label: str | None = None, kernels: HostKernels = PLAIN
 ) -> PlannableModel:
-    """A model known by its `config.json` alone: in all usual formats, or only the one the user names.
+    """A model known by its `config.json` alone: in all usual formats, or only in the one the user names.
 
     Raises UnsupportedError for an architecture Chandra does not have, UsageError for an unknown format.
     """
-    spec, kernels = spec_from_config(config), kernels or PlainKernels()
+    spec = spec_from_config(config)
     labels = (known_label(label),) if label else LABELS
     return PlannableModel(name, spec, tuple(sizes_as(spec, x, kernels) for x in labels), kernels)
 
 
-def model_of_checkpoint(
-    name: str, checkpoint: Checkpoint, label: str | None = None, kernels: HostKernels | None = None
+def plannable(
+    name: str, spec: ModelSpec, checkpoint: Checkpoint, label: str | None = None, kernels: HostKernels = PLAIN
 ) -> PlannableModel:
     """A model on disk: in its own format, and in those it can be converted to while it is loaded.
 
     A file of 16 bits or more can become any usual format; what is quantized stays as it is, unless the user names
-    another `label`. Raises CheckpointError and UnsupportedError as `read_spec` does, UsageError for an unknown format.
+    another `label`. Raises CheckpointError if tensors are missing, UsageError for an unknown format.
     """
-    spec, kernels = read_spec(checkpoint), kernels or PlainKernels()
     stored = {}
     for source in find_sources(spec, checkpoint):
         tensor = source.tensor
         stored[tensor.name] = checkpoint.tensors[source.names[0]].format if tensor.packable else "F32"
     own = _sizes(spec, _own_label(spec, stored), stored, kernels, convert=False)
-    labels = LABELS if own.bits_per_weight > 15 else ()
-    if label and label.lower() != own.label.lower():
-        labels = (known_label(label),)
-    elif label:
-        labels = ()
-    made = (sizes_as(spec, x, kernels, own.packed.total) for x in labels if x not in ("F16", own.label) or x == label)
+    labels: tuple[str, ...] = LABELS[1:] if own.bits_per_weight > 15 else ()
+    if label:
+        labels = (known_label(label),) if label.lower() != own.label.lower() else ()
+    made = (sizes_as(spec, x, kernels, own.packed.total) for x in labels)
     return PlannableModel(name, spec, (own, *made), kernels)
 
 
