@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from chandra.memory.device import Device
 from chandra.memory.plan import Plan
 from chandra.planner.assemble import assemble
-from chandra.planner.cost import ASSUMED_HOST, Machine, Profile, machine_with
+from chandra.planner.calibrate import discover
+from chandra.planner.cost import ASSUMED_HOST, Machine, Profile, Rate, machine_with
 from chandra.planner.planner import Constraints, check, search
 from chandra.planner.refuse import does_not_fit
 from chandra.planner.request import PlanRequest
@@ -20,6 +21,8 @@ __all__ = [
     "PlanRequest",
     "PlannableModel",
     "Profile",
+    "Rate",
+    "discover",
     "machine_with",
     "plan",
     "plannable",

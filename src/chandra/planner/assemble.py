@@ -114,9 +114,9 @@ def _speed(candidate: Candidate, layers: Sequence[Part], experts: Sequence[Part]
     hops = sum(a != b for a, b in pairwise(places))
 
     def step(rows: int, sequences: int, context: float) -> float:
-        seconds = candidate.head_step(machine.of(head_device), sequences) + hops * HOP
+        seconds = candidate.head_step(head_device, sequences) + hops * HOP
         for placement, device, split in kinds:
-            each = candidate.step_seconds(placement, machine.of(device), rows, sequences, context, split)
+            each = candidate.step_seconds(placement, device, rows, sequences, context, split)
             here = [(p.placement, p.device, i in apart) == (placement, device, split) for i, p in enumerate(layers)]
             seconds += float(each[here].sum())
         return seconds
@@ -175,7 +175,7 @@ def _decisions(found: Found, layers: Sequence[Part], experts: Sequence[Part], he
         )
     gpu = next((part.device for part in layers if part.device != HOST), None)
     if gpu and any(part.placement == "host" for part in layers):
-        tokens = crossover_tokens(machine, gpu, sizes.bits_per_weight / 8)
+        tokens = crossover_tokens(candidate.rate(HOST), machine.of(gpu).link, sizes.bits_per_weight / 8)
         if tokens > 1:
             out.append(f"steps of more than {tokens} tokens would be faster copied to {gpu} than on the CPU")
     return tuple(out)

@@ -13,7 +13,7 @@ from chandra.kvcache.layout import LayerGroup
 from chandra.memory.device import Device
 from chandra.memory.plan import Placement, Workload
 from chandra.models.decoder import workspace_bytes
-from chandra.planner.cost import Machine, Profile
+from chandra.planner.cost import Machine, Rate
 from chandra.planner.placement import Floats, Mode, Offload, Tier
 from chandra.planner.sizes import ModelSizes, Pieces, PlannableModel
 
@@ -34,11 +34,17 @@ class Candidate:
     chunk: int
     max_num_seqs: int
     machine: Machine
-    _seconds: dict[Any, Floats] = field(default_factory=dict, repr=False)
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def num_layers(self) -> int:
         return self.model.spec.num_layers
+
+    def rate(self, device: str) -> Rate:
+        """What the device's kernels do with these formats."""
+        if device not in self._cache:
+            self._cache[device] = self.machine.of(device).rate(self.sizes.mix)
+        return cast(Rate, self._cache[device])
 
     @property
     def max_logit_rows(self) -> int:
@@ -77,26 +83,27 @@ class Candidate:
         return own + workspace_bytes(spec, held, self.chunk, rows)
 
     def step_seconds(
-        self, placement: Placement, device: Profile, rows: int, sequences: int, context: float, apart: bool = False
+        self, placement: Placement, device: str, rows: int, sequences: int, context: float, apart: bool = False
     ) -> Floats:
         """Seconds of each layer in a step of `rows` tokens of `sequences` sequences that are `context` long.
 
         `device` computes it; with `apart` the CPU computes the experts.
         """
-        sizes, host = self.sizes, self.machine.host
+        sizes, rate, host = self.sizes, self.rate(device), self.rate(HOST)
         dense, experts = np.array(sizes.packed.dense, float), np.array(sizes.packed.experts, float)
         read = experts * (1 - (1 - np.array(sizes.active)) ** rows)
         seen, heads = self._attention_shape(context)
         macs = rows * (np.array(sizes.dense_macs) + 2 * heads * np.minimum(seen, (context + rows) / 2))
         expert_macs = rows * np.array(sizes.expert_macs)
-        elsewhere = np.zeros(len(dense))
+        elsewhere, hops = np.zeros(len(dense)), self.machine.host.layer_overhead + 2 * HOP
         if apart:
-            elsewhere = np.maximum(read / host.bandwidth, expert_macs / host.macs) + host.layer_overhead + 2 * HOP
+            elsewhere = np.maximum(read / host.bandwidth, expert_macs / host.macs) + hops
             elsewhere, read, expert_macs = np.where(experts > 0, elsewhere, 0), 0 * read, 0 * expert_macs
         reads = dense + read + sequences * seen * self.kv_token
-        compute = np.maximum(reads / device.bandwidth, (macs + expert_macs) / device.macs) + device.layer_overhead
-        if placement == "stream" and device.link is not None:
-            compute = np.maximum(compute, (dense + experts) / device.link)
+        profile = self.machine.of(device)
+        compute = np.maximum(reads / rate.bandwidth, (macs + expert_macs) / rate.macs) + profile.layer_overhead
+        if placement == "stream" and profile.link is not None:
+            compute = np.maximum(compute, (dense + experts) / profile.link)
         elif placement == "disk":
             compute = np.maximum(compute, (dense + experts) / self.machine.disk)
         return cast(Floats, compute + elsewhere)
@@ -107,29 +114,29 @@ class Candidate:
         seen = np.array([min(context, a.window or context) for a in attention])
         return seen, np.array([float(a.num_heads * a.head_dim) for a in attention])
 
-    def request_seconds(self, placement: Placement, device: Profile, apart: bool = False) -> Floats:
+    def request_seconds(self, placement: Placement, device: str, apart: bool = False) -> Floats:
         """Seconds each layer takes for one request (prompt and answer), with `parallel` of them sharing a step."""
         key = (placement, device, apart)
-        if key not in self._seconds:
+        if key not in self._cache:
             w = self.workload
             rows = min(self.chunk, w.prompt)
             prompt = self.step_seconds(placement, device, rows, 1, w.prompt / 2, apart)
             step = self.step_seconds(placement, device, w.parallel, w.parallel, self.typical_context, apart)
-            self._seconds[key] = -(-w.prompt // self.chunk) * prompt + ANSWER / w.parallel * step
-        return self._seconds[key]
+            self._cache[key] = -(-w.prompt // self.chunk) * prompt + ANSWER / w.parallel * step
+        return cast(Floats, self._cache[key])
 
     @property
     def typical_context(self) -> int:
         """Tokens in the cache in the middle of an answer."""
         return min(self.workload.context, self.workload.prompt + ANSWER // 2)
 
-    def head_step(self, device: Profile, sequences: int) -> float:
+    def head_step(self, device: str, sequences: int) -> float:
         """Seconds to compute one row of logits for each sequence."""
-        pieces = self.sizes.packed
+        pieces, rate = self.sizes.packed, self.rate(device)
         read = pieces.embedding if self.sizes.tied else pieces.head
-        return max(read / device.bandwidth, sequences * self.sizes.head_macs / device.macs)
+        return max(read / rate.bandwidth, sequences * self.sizes.head_macs / rate.macs)
 
-    def head_seconds(self, device: Profile) -> float:
+    def head_seconds(self, device: str) -> float:
         """Seconds the head takes for one request."""
         parallel = self.workload.parallel
         return self.head_step(device, 1) + ANSWER / parallel * self.head_step(device, parallel)
@@ -150,10 +157,9 @@ class Candidate:
 
     def tier(self, device: Device, head: bool, room: float, allowed: Sequence[bool]) -> Tier:
         """The device as a place for layers. `room`: bytes left for them."""
-        profile = self.machine.of(device.name)
         need = np.where(allowed, self.weights(device.name) + self.kv_need, np.inf)
-        seconds = self.request_seconds("resident", profile)
-        return Tier(device.name, room, seconds, need, self.head_seconds(profile) if head else 0.0)
+        seconds = self.request_seconds("resident", device.name)
+        return Tier(device.name, room, seconds, need, self.head_seconds(device.name) if head else 0.0)
 
     def offload(self, mode: Mode, gpu: str | None, disk_layers: int) -> Offload:
         """Offloading the first layers in one of the modes; the first `disk_layers` of them are read from disk.
@@ -162,8 +168,8 @@ class Candidate:
         other device, so that what is not on disk shares the room of the layers that follow.
         """
         on_disk = np.arange(self.num_layers) < disk_layers
-        device, zeros = self.machine.of(gpu or HOST), np.zeros(self.num_layers)
-        kept, first_need = self.weights(gpu or HOST), self.kv_need
+        device, zeros = gpu or HOST, np.zeros(self.num_layers)
+        kept, first_need = self.weights(device), self.kv_need
         if mode == "experts":
             kept = np.array(self.sizes.host.experts, np.float64)
             first_need = self.kv_need + self.pieces(gpu or HOST).dense
@@ -171,7 +177,7 @@ class Candidate:
         seconds = self.request_seconds("stream" if mode == "stream" else "host", device, mode == "experts")
         if disk_layers:
             seconds = np.where(on_disk, self.request_seconds("disk", device), seconds)
-        staging = 2 * float(self.weights(gpu or HOST).max())
+        staging = 2 * float(self.weights(device).max())
         if gpu == HOST:
             return Offload(mode, HOST, disk_layers, seconds, first_need + kept, zeros, staging, 0.0)
         return Offload(

@@ -8,27 +8,53 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from chandra.memory.device import Device
+from chandra.quant import get_format
 
 ASSUMED_BANDWIDTH, ASSUMED_LINK = 300e9, 12e9  # bytes/s of a GPU nothing is known of
 GPU_RUNTIME = 400 << 20  # bytes of a CUDA context and its libraries, loaded lazily
 
 
 @dataclass(frozen=True)
-class Profile:
-    """What a device does, measured by `calibrate` or taken from its datasheet.
-
-    `bandwidth`: bytes/s of weights read by the decode kernels. `macs`: multiply-adds/s of the prefill kernels.
-    `layer_overhead`: seconds per layer and step that neither explains. `link`: bytes/s from the host; None: the host.
-    `runtime`: bytes taken by merely using the device (context, libraries, interpreter).
-    """
+class Rate:
+    """What kernels do with weights of one format: `bandwidth`, bytes/s of weights read to decode one token; `macs`,
+    multiply-adds/s in a long prefill."""
 
     bandwidth: float
     macs: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a device does, measured by `calibrate` or taken from its datasheet.
+
+    `rates` by weight format; one that is not there is taken to be like the one of the nearest size. `layer_overhead`:
+    seconds per layer and step that rates do not explain. `link`: bytes/s from the host; None: the host. `runtime`:
+    bytes taken by merely using the device (context, libraries, interpreter).
+    """
+
+    rates: tuple[tuple[str, Rate], ...]
     layer_overhead: float = 0.0
     link: float | None = None
     runtime: int = 0
+
+    def rate(self, mix: tuple[tuple[str, int], ...]) -> Rate:
+        """The rate for weights with these bytes in each format."""
+        known = {name: (bits(name), rate) for name, rate in self.rates}
+        seconds = work = values = total = 0.0
+        for name, nbytes in mix:
+            rate = min(known.values(), key=lambda entry: abs(entry[0] - bits(name)))[1]
+            count = 8 * nbytes / bits(name)
+            total, values = total + nbytes, values + count
+            seconds, work = seconds + nbytes / rate.bandwidth, work + count / rate.macs
+        return Rate(total / seconds, values / work)
+
+
+@cache
+def bits(format: str) -> float:
+    return get_format(format).bits_per_weight
 
 
 @dataclass(frozen=True)
@@ -50,36 +76,33 @@ class Machine:
 
 
 # A desktop processor of 2020: 8 cores, two channels of DDR4, a SATA SSD.
-ASSUMED_HOST = Machine({"cpu": Profile(3e10, 2e11, 3e-5, None, 80 << 20)}, disk=5e8, measured=False)
+ASSUMED_HOST = Machine({"cpu": Profile((("F16", Rate(3e10, 2e11)),), 3e-5, None, 80 << 20)}, disk=5e8, measured=False)
 
 
 def machine_with(host: Machine, devices: Sequence[Device]) -> Machine:
-    """The machine with profiles for all of these devices.
+    """The machine with profiles for all of these devices; those it has are kept.
 
     A GPU gets 80 % of its bandwidth for decode, and arithmetic in proportion to it, as GPUs are built (about 60
     multiply-adds for each byte of bandwidth), at 45 % of the peak. A virtual device computes as the host does.
     """
-    profiles = dict(host.profiles)
+    profiles, base = dict(host.profiles), host.host
     for device in devices:
-        bandwidth = device.bandwidth or ASSUMED_BANDWIDTH
         if device.name in profiles:
             continue
         if device.kind == "virtual":
-            base = host.host
-            read = min(base.bandwidth, device.bandwidth or base.bandwidth)
-            profiles[device.name] = Profile(read, base.macs, base.layer_overhead, device.link)
+            most = device.bandwidth or float("inf")
+            rates = tuple((name, Rate(min(rate.bandwidth, most), rate.macs)) for name, rate in base.rates)
+            profiles[device.name] = Profile(rates, base.layer_overhead, device.link)
         else:
-            link = device.link or ASSUMED_LINK
-            profiles[device.name] = Profile(0.8 * bandwidth, 27 * bandwidth, 4e-6, link, GPU_RUNTIME)
+            bandwidth, link = device.bandwidth or ASSUMED_BANDWIDTH, device.link or ASSUMED_LINK
+            rate = Rate(0.8 * bandwidth, 27 * bandwidth)
+            profiles[device.name] = Profile((("F16", rate),), 4e-6, link, GPU_RUNTIME)
     return Machine(profiles, host.disk, host.convert, host.measured)
 
 
-def crossover_tokens(machine: Machine, device: str, bytes_per_value: float) -> int:
-    """Tokens of a step from which copying a layer to `device` beats computing it on the CPU."""
-    link = machine.of(device).link
+def crossover_tokens(host: Rate, link: float | None, bytes_per_value: float) -> int:
+    """Tokens of a step from which copying a layer over the link beats computing it on the CPU; 0: no such step."""
     if link is None:
-        return 1
+        return 0
     copy = bytes_per_value / link
-    if copy <= bytes_per_value / machine.host.bandwidth:
-        return 1
-    return int(copy * machine.host.macs) + 1
+    return 1 if copy <= bytes_per_value / host.bandwidth else int(copy * host.macs) + 1

@@ -174,14 +174,13 @@ def _lower_bound(candidate: Candidate, devices: Sequence[Device], spill: Spill) 
         return float("inf")
     rates = []
     for device in places:
-        seconds = candidate.request_seconds("resident", candidate.machine.of(device.name))
+        seconds = candidate.request_seconds("resident", device.name)
         room = float(device.cap)
         if device.name == HOST and gpus:  # what is offloaded may be streamed, or lie apart
             room = float("inf")
             for gpu in gpus:
-                profile = candidate.machine.of(gpu.name)
                 for apart in (False, True) if any(candidate.sizes.packed.experts) else (False,):
-                    seconds = np.minimum(seconds, candidate.request_seconds("stream", profile, apart))
+                    seconds = np.minimum(seconds, candidate.request_seconds("stream", gpu.name, apart))
         if spill == 2:
             room = float("inf")
         rates.append((float((seconds / need).min()), room))
@@ -189,7 +188,7 @@ def _lower_bound(candidate: Candidate, devices: Sequence[Device], spill: Spill) 
     for rate, room in sorted(rates):
         part = min(left, room)
         left, cost = left - part, cost + rate * part
-    return cost + min(candidate.head_seconds(candidate.machine.of(device.name)) for device in places)
+    return cost + min(candidate.head_seconds(device.name) for device in places)
 
 
 def _placements(
@@ -213,7 +212,7 @@ def _placements(
         for offload in _offloads(candidate, splitter, c, spill, bool(gpus)):
             split = splitter.best(offload, room[HOST])
             if split is not None:
-                cost = split.cost + candidate.head_seconds(candidate.machine.of(head.name))
+                cost = split.cost + candidate.head_seconds(head.name)
                 yield Split(split.off, split.order, split.counts, cost), offload, head.name
 
 

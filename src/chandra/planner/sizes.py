@@ -3,46 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 from chandra.checkpoint import Checkpoint
 from chandra.models import find_sources, spec_from_config, tensor_table
 from chandra.models.spec import ModelSpec, TensorSpec
+from chandra.planner.kernels import PLAIN, HostKernels, packed_bytes
 from chandra.planner.mixes import LABELS, LOW_QUALITY, format_for, known_label
-from chandra.quant import get_format
-
-
-class HostKernels(Protocol):
-    """What the CPU backend says of its own memory; `calibrate.host_kernels` has the real one."""
-
-    def weight_bytes(self, format: str, shape: tuple[int, ...]) -> int:
-        """Bytes of a weight in the layout its kernel wants."""
-        ...
-
-    def scratch_bytes(self, spec: ModelSpec, rows: int, logit_rows: int) -> int:
-        """Bytes the kernels take for themselves in steps of so many rows."""
-        ...
-
-
-class PlainKernels:
-    """A CPU that computes with weights as they are stored."""
-
-    def weight_bytes(self, format: str, shape: tuple[int, ...]) -> int:
-        return packed_bytes(format, shape)
-
-    def scratch_bytes(self, spec: ModelSpec, rows: int, logit_rows: int) -> int:  # noqa: ARG002
-        return 0
-
-
-PLAIN = PlainKernels()
-
-
-@cache
-def packed_bytes(format: str, shape: tuple[int, ...]) -> int:
-    return get_format(format).nbytes(shape)
 
 
 @dataclass(frozen=True)
@@ -84,6 +54,7 @@ class ModelSizes:
     active: tuple[float, ...]
     head_macs: float
     bits_per_weight: float
+    mix: tuple[tuple[str, int], ...]  # bytes in each format
 
     @property
     def low_quality(self) -> bool:
@@ -171,10 +142,12 @@ def _sizes(
     packed, host = _Tally(spec), _Tally(spec)
     dense_macs, expert_macs = [0.0] * spec.num_layers, [0.0] * spec.num_layers
     largest = values = 0
+    mix: Counter[str] = Counter()
     for tensor in tensor_table(spec):
         name = formats[tensor.name]
         nbytes = packed_bytes(name, tensor.shape)
         packed.add(tensor, nbytes)
+        mix[name] += nbytes
         in_kernel = tensor.packable or tensor.role == "router"
         host.add(tensor, kernels.weight_bytes(name, tensor.shape) if in_kernel else nbytes)
         largest, values = max(largest, nbytes), values + math.prod(tensor.shape)
@@ -197,6 +170,7 @@ def _sizes(
         active=tuple(mlp.experts_per_token / mlp.num_experts if mlp.num_experts else 1.0 for mlp in mlps),
         head_macs=float(spec.vocab_size * spec.hidden_size),
         bits_per_weight=8 * packed.pieces().total / values,
+        mix=tuple(mix.items()),
     )
 
 
