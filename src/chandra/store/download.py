@@ -52,7 +52,7 @@ class Downloader:
                 if size is None or part.size >= size:
                     return
                 reason = "the transfer ended early"
-            except (httpx.TransportError, _RetryError) as error:
+            except (httpx.RequestError, _RetryError) as error:
                 reason = str(error) or type(error).__name__
             failures = 1 if part.size > before else failures + 1
             if failures >= self.tries:
@@ -117,7 +117,7 @@ def read_page(client: httpx.Client, url: str, accept: str) -> Page:
                 if len(data) > MAX_PAGE:
                     raise DownloadError(f"{host} sends more than {format_size(MAX_PAGE)} for {url}", "check the name")
             return Page(str(response.url), response.headers.get("Content-Type", ""), bytes(data))
-    except (httpx.TransportError, _RetryError) as error:
+    except (httpx.RequestError, _RetryError) as error:
         raise DownloadError(f"cannot read from {host}: {error or type(error).__name__}", "check the network") from error
 
 
@@ -131,9 +131,7 @@ def check_response(response: httpx.Response, url: str) -> None:
     if status in (404, 410):
         raise ModelNotFound(f"{host} has no {response.url.path}", "check the name and the tag")
     if status in (401, 403):
-        raise DownloadError(
-            f"{host} refuses access to {response.url.path} ({status})", "check the name and your rights"
-        )
+        raise DownloadError(f"{host} refuses access to {response.url.path} ({status})", "check the name")
     if status in _RETRIED:
         raise _RetryError(f"the server answers {status}")
     raise DownloadError(f"{host} answers {status} for {response.url.path}", "check the name and the source")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from chandra.errors import StoreError
+from chandra.store.parts import storing
 
 VERSION = 1
 MAX_MANIFEST = 4 << 20  # bytes
@@ -51,25 +54,20 @@ class Manifests:
         """Writes it whole or not at all. `file` is relative to the root."""
         document = {
             "version": VERSION,
-            **{key: getattr(model, key) for key in _TEXTS},
-            **{key: getattr(model, key) for key in ("size", "template", "system")},
+            **{key: getattr(model, key) for key in (*_TEXTS, "size", "template", "system")},
             "params": dict(model.params),
             "file": self._refer(model.path),
             "adapters": [self._refer(path) for path in model.adapters],
         }
         target = self.root / file
         partial = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
+        with storing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("w", encoding="utf-8") as stream:
                 json.dump(document, stream, indent=1)
                 stream.flush()
                 os.fsync(stream.fileno())
             partial.replace(target)
-        except OSError as error:
-            raise StoreError(
-                f"cannot write {target}: {error.strerror}", "check the disk and its permissions"
-            ) from error
 
     def read(self, file: Path) -> StoredModel | None:
         """The model of a manifest; None if there is no such manifest. Raises StoreError for a damaged one."""
@@ -91,32 +89,26 @@ class Manifests:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoreError(f"{target} is damaged: {error}", "remove that model and pull it again") from error
 
-    def scan(self) -> Iterator[tuple[Path, StoredModel | StoreError]]:
-        """All manifests, relative to the root, in order; a damaged one gives its error."""
+    def scan(self) -> Iterator[StoredModel | StoreError]:
+        """All models in the order of their names; a damaged manifest gives its error."""
         for target in sorted(self.root.rglob("*.json")):
-            file = target.relative_to(self.root)
             try:
-                model = self.read(file)
-            except StoreError as error:
-                yield file, error
-            else:
+                model = self.read(target.relative_to(self.root))
                 if model is not None:
-                    yield file, model
+                    yield model
+            except StoreError as error:
+                yield error
 
     def remove(self, file: Path) -> bool:
         """Whether there was one. Folders that become empty go, too."""
         target = self.root / file
-        try:
-            target.unlink()
-        except (FileNotFoundError, NotADirectoryError):
+        if not target.is_file():
             return False
-        except OSError as error:
-            raise StoreError(f"cannot remove {target}: {error.strerror}", "check the permissions") from error
-        for folder in list(file.parents)[:-1]:
-            try:
+        with storing(target):
+            target.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            for folder in list(file.parents)[:-1]:
                 (self.root / folder).rmdir()
-            except OSError:
-                break
         return True
 
     def _refer(self, path: Path) -> str:
@@ -128,8 +120,8 @@ class Manifests:
             **texts,
             path=self.blobs / _typed(document["file"], str),  # an absolute path stays as it is
             size=_typed(document["size"], int),
-            template=None if document["template"] is None else _typed(document["template"], str),
-            system=None if document["system"] is None else _typed(document["system"], str),
+            template=_typed(document["template"], str | None),
+            system=_typed(document["system"], str | None),
             params=_typed(document["params"], dict),
             adapters=tuple(self.blobs / _typed(file, str) for file in _typed(document["adapters"], list)),
             modified=modified,
@@ -139,7 +131,7 @@ class Manifests:
 _TEXTS = ("name", "source", "origin", "digest", "license", "note")
 
 
-def _typed(value: Any, kind: type) -> Any:
+def _typed(value: Any, kind: type | UnionType) -> Any:
     if not isinstance(value, kind):
-        raise TypeError(f"{str(value)[:40]!r} is not of the type {kind.__name__}")
+        raise TypeError(f"{str(value)[:40]!r} is not of the type {kind}")
     return value

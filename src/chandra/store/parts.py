@@ -111,6 +111,7 @@ class PartFile:
     def commit(self, sha256: str | None) -> None:
         """Names the file. Raises DigestMismatch, and drops it, if its SHA-256 is not as promised."""
         if sha256 is not None and self.hash.hexdigest() != sha256:
+            self.file.close()
             self.part.unlink()
             raise DigestMismatch(
                 f"{self.path.name}: the SHA-256 is {self.hash.hexdigest()}, not {sha256}",

@@ -18,6 +18,7 @@ from chandra.store.catalog import Catalog, Entry, load_catalog
 from chandra.store.manifests import Manifests, StoredModel
 from chandra.store.names import Name, parse_name
 from chandra.store.parts import Progress, locked, storing
+from chandra.store.sources import Job
 from chandra.store.sources.file import open_path
 
 _holders = itertools.count()
@@ -72,12 +73,14 @@ class Store:
         if entry is not None and entry.terms and not accept_license:
             raise UsageError(f"{entry.name} has terms of use:\n{entry.terms}", "accept them with --accept-license")
         report(f"pulling {parsed}", 0, (entry.size if entry else None) or 0)
+        if entry is None and parsed.kind == "catalog" and self.registry is None:
+            raise self._not_found(parsed)
         from chandra.store.pull import deliver  # httpx and huggingface_hub take half a second to import
 
-        delivery = deliver(self, parsed, entry, report)
+        delivery = deliver(Job(str(parsed), self.home, self.timeout, report), parsed, entry, self.registry)
         with ExitStack() as locks:
             for blob in sorted(delivery.blobs):
-                locks.enter_context(locked(self.lock(blob), report, f"pulling {parsed}"))
+                locks.enter_context(locked(self._lock(blob), report, f"pulling {parsed}"))
             for blob, fetch in delivery.blobs.items():
                 if not blob.exists():
                     fetch()
@@ -92,7 +95,7 @@ class Store:
         model = self._read(parsed)
         if model is not None:
             return model
-        raise self.not_found(parsed)
+        raise self._not_found(parsed)
 
     def has(self, name: str) -> bool:
         """Whether `resolve` finds it."""
@@ -104,11 +107,11 @@ class Store:
 
     def list(self) -> list[StoredModel]:
         """The models that can be opened; `problems` tells of the others."""
-        return [model for _, model in self.manifests.scan() if isinstance(model, StoredModel) and model.path.exists()]
+        return [model for model in self.manifests.scan() if isinstance(model, StoredModel) and model.path.exists()]
 
     def problems(self) -> Iterator[StoreError]:
         """What is wrong in the store: damaged manifests and models whose files are gone."""
-        for _, model in self.manifests.scan():
+        for model in self.manifests.scan():
             if isinstance(model, StoreError):
                 yield model
             elif not model.path.exists():
@@ -122,7 +125,7 @@ class Store:
         blobs = [path for path in (model.path, *model.adapters) if path.parent == self.blobs]
         with ExitStack() as locks:
             for blob in sorted(set(blobs)):
-                locks.enter_context(locked(self.lock(blob), _silent, f"copying {source}"))
+                locks.enter_context(locked(self._lock(blob), _silent, f"copying {source}"))
             if not model.path.exists():
                 raise self._gone(model)
             self.manifests.write(target.manifest, replace(model, name=str(target)))
@@ -139,8 +142,7 @@ class Store:
             model = None
         if not self.manifests.remove(parsed.manifest):
             self.resolve(name)
-        freed, loaded = self._sweep(), model is not None and self._is_held(model)
-        return Removal(freed, loaded)
+        return Removal(self._sweep(), model is not None and self._is_held(model))
 
     @contextmanager
     def hold(self, model: StoredModel) -> Iterator[None]:
@@ -165,7 +167,7 @@ class Store:
         model = self.manifests.read(name.manifest)
         return model if model is not None and model.path.exists() else None
 
-    def not_found(self, name: Name) -> ModelNotFound:
+    def _not_found(self, name: Name) -> ModelNotFound:
         """The error for a name that is not here, with the names that are close."""
         known = {model.name for model in self.list()} | set(self.catalog.entries)
         close = difflib.get_close_matches(str(name), sorted(known), n=3, cutoff=0.5)
@@ -177,8 +179,7 @@ class Store:
             hint = "`chandra list --all` shows what there is; hf.co/org/repo names a repository of the Hub"
         return ModelNotFound(f'model "{name}" not found', hint)
 
-    def lock(self, blob: Path) -> Path:
-        """The lock file that whoever writes or removes a blob must hold."""
+    def _lock(self, blob: Path) -> Path:
         return self.home / "locks" / f"{blob.name}.lock"
 
     def _holds(self, model: StoredModel) -> Path:
@@ -197,25 +198,21 @@ class Store:
     def _sweep(self) -> int:
         """Removes the blobs no manifest names and returns their bytes; none while a manifest cannot be read."""
         freed = 0
-        for blob in sorted(self.blobs.glob("sha256-*")):
-            if blob.suffix:
-                continue
+        for blob in sorted(self.blobs.glob("sha256-" + "[0-9a-f]" * 64)):
             try:
-                with storing(blob), FileLock(self.lock(blob), timeout=0):  # whoever writes it holds the lock
-                    models = [model for _, model in self.manifests.scan()]
+                with storing(blob), FileLock(self._lock(blob), timeout=0):  # whoever writes it holds the lock
+                    models = list(self.manifests.scan())
                     if any(isinstance(model, StoreError) or blob in (model.path, *model.adapters) for model in models):
                         continue
-                    size = blob.stat().st_size
+                    freed += blob.stat().st_size
                     blob.unlink()
-                    freed += size
             except Timeout:
                 continue
         return freed
 
     def _gone(self, model: StoredModel) -> ModelNotFound:
-        return ModelNotFound(
-            f"{model.name}: {model.path} is gone", f"`chandra pull {model.name}` or `chandra rm {model.name}`"
-        )
+        hint = f"`chandra pull {model.name}` or `chandra rm {model.name}`"
+        return ModelNotFound(f"{model.name}: {model.path} is gone", hint)
 
 
 def _silent(phase: str, done: int, total: int) -> None:

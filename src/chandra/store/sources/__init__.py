@@ -7,6 +7,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chandra.store.manifests import StoredModel
+from chandra.store.parts import Progress
+
+
+@dataclass(frozen=True)
+class Job:
+    """A pull: the canonical name of the model, the store's home, and the seconds a transfer may stand still."""
+
+    name: str
+    home: Path
+    timeout: float
+    progress: Progress
+
+    def blob(self, sha256: str) -> Path:
+        """Where the store keeps the file of a digest."""
+        return self.home / "blobs" / f"sha256-{sha256}"
+
+    def lock(self, sha256: str) -> Path:
+        """What whoever writes or removes that file must hold."""
+        return self.home / "locks" / f"sha256-{sha256}.lock"
 
 
 @dataclass(frozen=True)

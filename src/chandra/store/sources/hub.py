@@ -30,7 +30,8 @@ from huggingface_hub.utils import httpx as hub_httpx
 from chandra.errors import DownloadError, ModelNotFound, UnsupportedError, UsageError
 from chandra.store.download import Downloader
 from chandra.store.manifests import StoredModel
-from chandra.store.parts import Progress, locked, storing
+from chandra.store.parts import locked, storing
+from chandra.store.sources import Job
 
 DEFAULT_QUANT = "Q4_K_M"
 _INSTEAD = ("Q4_K_S", "Q4_K", "Q4", "IQ4_NL", "IQ4_XS", "Q4_0", "Q4_1", "Q3_K_L", "Q3_K_M", "Q3_K_S")
@@ -46,7 +47,7 @@ class File:
     sha256: str | None = None
 
 
-def fetch(repo: str, quant: str, name: str, locks: Path, timeout: float, progress: Progress) -> StoredModel:
+def fetch(job: Job, repo: str, quant: str) -> StoredModel:
     """The GGUF file of a quantization ("": Q4_K_M, or else the next best), or the safetensors files of a repository.
 
     Raises ModelNotFound, UnsupportedError, UsageError, DownloadError, DigestMismatch, DiskFull or StoreError.
@@ -54,7 +55,7 @@ def fetch(repo: str, quant: str, name: str, locks: Path, timeout: float, progres
     cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
     with _our_errors(repo):
         try:
-            info = HfApi().model_info(repo, files_metadata=True, timeout=timeout)
+            info = HfApi().model_info(repo, files_metadata=True, timeout=job.timeout)
         except (OfflineModeIsEnabled, hub_httpx.TransportError):
             snapshot = _newest_snapshot(cache)
             if snapshot is None:
@@ -63,21 +64,17 @@ def fetch(repo: str, quant: str, name: str, locks: Path, timeout: float, progres
             names, label = choose_files(repo, files, quant)
             paths, terms = [snapshot / file for file in names], ""
         else:
-            files = {
-                s.rfilename: File(s.size or 0, s.lfs.sha256 if s.lfs else None)
-                for s in info.siblings or []
-                if s.rfilename
-            }
+            files = {s.rfilename: File(s.size or 0, s.lfs.sha256 if s.lfs else None) for s in info.siblings or []}
             names, label = choose_files(repo, files, quant)
             terms = str(info.card_data.get("license") or "") if info.card_data else ""
-            paths = [_bring(repo, file, files[file], cache, locks, timeout, progress, name) for file in names]
+            paths = [_bring(job, repo, file, files[file], cache) for file in names]
     gguf = names[0].endswith(".gguf")
     only = files[names[0]] if len(names) == 1 else None
     note = f"no {DEFAULT_QUANT} there: {label} was taken" if gguf and not quant and label != DEFAULT_QUANT else ""
     if note:
-        progress(f"{name}: {note}", 0, 0)
+        job.progress(f"{job.name}: {note}", 0, 0)
     return StoredModel(
-        name=name,
+        name=job.name,
         path=paths[0] if gguf else paths[0].parent,
         size=sum(files[file].size for file in names),
         source="hub",
@@ -109,23 +106,20 @@ def choose_files(repo: str, files: Mapping[str, File], quant: str) -> tuple[list
         raise ModelNotFound(f"{repo} has no {quant}", f"it has {', '.join(sorted(ggufs))}")
     names = [file for file in sorted(files) if "/" not in file and file.endswith(_FOLDER)]
     if quant or "config.json" not in names or not any(file.endswith(".safetensors") for file in names):
-        raise UnsupportedError(
-            f"{repo} has no GGUF{' and no safetensors' if not quant else ''} model", "try another repository"
-        )
+        forms = "GGUF" if quant else "GGUF and no safetensors"
+        raise UnsupportedError(f"{repo} has no {forms} model", "try another repository")
     return names, ""
 
 
-def _bring(
-    repo: str, file: str, what: File, cache: Path, locks: Path, timeout: float, progress: Progress, name: str
-) -> Path:
+def _bring(job: Job, repo: str, file: str, what: File, cache: Path) -> Path:
     """Path of a file in the snapshot of the cache."""
     if what.sha256 is not None and what.size <= _MAX_PLAIN:
         blob = cache / "blobs" / what.sha256
-        phase = f"pulling {name} ({file})"
-        with locked(locks / f"sha256-{what.sha256}.lock", progress, phase):
+        phase = f"pulling {job.name} ({file})"
+        with locked(job.lock(what.sha256), job.progress, phase):
             if not blob.exists():
-                with httpx.Client(timeout=timeout, headers=build_hf_headers()) as client:
-                    Downloader(client, progress).fetch(hf_hub_url(repo, file), blob, what.sha256, what.size, phase)
+                with httpx.Client(timeout=job.timeout, headers=build_hf_headers()) as client:
+                    Downloader(client, job.progress).fetch(hf_hub_url(repo, file), blob, what.sha256, what.size, phase)
     disable_progress_bars("huggingface_hub")
     with storing(cache):
         return Path(hf_hub_download(repo, file))

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import httpx
@@ -18,17 +17,16 @@ from chandra.errors import DigestMismatch, DownloadError, UnsupportedError, Usag
 from chandra.store.download import Downloader, read_page
 from chandra.store.manifests import StoredModel
 from chandra.store.names import Name, parse_digest
-from chandra.store.parts import Progress
-from chandra.store.sources import Delivery
+from chandra.store.sources import Delivery, Job
 
 _MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 _LAYER = "application/vnd.ollama.image."
-_WEIGHTS, _TEXTS = ("model", "adapter"), ("template", "system", "params", "license")
+_TEXTS = ("template", "system", "params", "license")
 _MAX_LAYERS = 64
 _LOOPBACK = ("localhost", "127.0.0.1")
 
 
-def ask(host: str, name: Name, blobs: Path, timeout: float, progress: Progress) -> Delivery:
+def deliver(job: Job, host: str, name: Name) -> Delivery:
     """Reads a manifest and its small layers.
 
     Raises ModelNotFound, DownloadError, DigestMismatch or UnsupportedError.
@@ -36,25 +34,27 @@ def ask(host: str, name: Name, blobs: Path, timeout: float, progress: Progress) 
     scheme = "http" if host.partition(":")[0] in _LOOPBACK else "https"
     repository = name.path if "/" in name.path else f"library/{name.path}"
     base = f"{scheme}://{host}/v2/{repository}"
-    with httpx.Client(timeout=timeout) as client:
+    with httpx.Client(timeout=job.timeout) as client:
         page = read_page(client, f"{base}/manifests/{name.tag}", _MANIFEST)
         layers = _layers(page.data, host)
-        texts = {kind: _text(client, base, *layers[kind][0]) for kind in _TEXTS if kind in layers}
-    if len(layers.get("model", [])) != 1:
-        raise UnsupportedError(f"{name} has {len(layers.get('model', []))} weight layers; Chandra reads one GGUF file")
+        texts = {kind: _text(client, base, layers[kind][0][0]) for kind in _TEXTS if kind in layers}
+    weights = layers.get("model", [])
+    if len(weights) != 1:
+        raise UnsupportedError(
+            f"{name} has {len(weights)} weight layers", "Chandra reads models that are one GGUF file"
+        )
     fetches = {
-        blobs / f"sha256-{digest}": _fetcher(f"{base}/blobs/sha256:{digest}", digest, size, blobs, timeout, progress)
-        for kind in _WEIGHTS
-        for digest, size in layers.get(kind, [])
+        job.blob(digest): partial(_fetch, job, f"{base}/blobs/sha256:{digest}", digest, size)
+        for digest, size in [*weights, *layers.get("adapter", [])]
     }
-    digest, size = layers["model"][0]
+    digest, size = weights[0]
     try:
         params = json.loads(texts.get("params", "{}"))
     except ValueError as error:
         raise DownloadError(f"{host}: the parameters of {name} are not JSON", "try another tag") from error
     model = StoredModel(
         name=str(name),
-        path=blobs / f"sha256-{digest}",
+        path=job.blob(digest),
         size=size,
         source="registry",
         origin=f"{host}/{repository}:{name.tag}",
@@ -64,7 +64,7 @@ def ask(host: str, name: Name, blobs: Path, timeout: float, progress: Progress) 
         template=texts.get("template"),
         system=texts.get("system"),
         params=params if isinstance(params, dict) else {},
-        adapters=tuple(blobs / f"sha256-{digest}" for digest, _ in layers.get("adapter", [])),
+        adapters=tuple(job.blob(digest) for digest, _ in layers.get("adapter", [])),
     )
     return Delivery(model, fetches)
 
@@ -86,18 +86,13 @@ def _layers(data: bytes, host: str) -> dict[str, list[tuple[str, int]]]:
     return found
 
 
-def _text(client: httpx.Client, base: str, digest: str, size: int) -> str:
-    del size  # what arrives is bounded by read_page and checked by its digest
+def _text(client: httpx.Client, base: str, digest: str) -> str:
     data = read_page(client, f"{base}/blobs/sha256:{digest}", "*/*").data
     if hashlib.sha256(data).hexdigest() != digest:
         raise DigestMismatch(f"a layer of {base} does not have the digest {digest}", "try again, or use another source")
     return data.decode("utf-8", "replace")
 
 
-def _fetcher(url: str, digest: str, size: int, blobs: Path, timeout: float, progress: Progress) -> Callable[[], None]:
-    def fetch() -> None:
-        with httpx.Client(timeout=timeout) as client:
-            downloader = Downloader(client, progress)
-            downloader.fetch(url, blobs / f"sha256-{digest}", digest, size, f"pulling {digest[:12]}")
-
-    return fetch
+def _fetch(job: Job, url: str, digest: str, size: int) -> None:
+    with httpx.Client(timeout=job.timeout) as client:
+        Downloader(client, job.progress).fetch(url, job.blob(digest), digest, size, f"pulling {digest[:12]}")
