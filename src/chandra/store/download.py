@@ -107,7 +107,7 @@ class Page:
 
 def read_page(client: httpx.Client, url: str, accept: str) -> Page:
     """Reads a small document whole. Raises ModelNotFound or DownloadError."""
-    host = httpx.URL(url).host
+    host = url.split("/")[2]
     data = bytearray()
     try:
         with client.stream("GET", url, headers={"Accept": accept}, follow_redirects=True) as response:
@@ -117,7 +117,7 @@ def read_page(client: httpx.Client, url: str, accept: str) -> Page:
                 if len(data) > MAX_PAGE:
                     raise DownloadError(f"{host} sends more than {format_size(MAX_PAGE)} for {url}", "check the name")
             return Page(str(response.url), response.headers.get("Content-Type", ""), bytes(data))
-    except (httpx.RequestError, _RetryError) as error:
+    except (httpx.RequestError, httpx.InvalidURL, UnicodeError, _RetryError) as error:
         raise DownloadError(f"cannot read from {host}: {error or type(error).__name__}", "check the network") from error
 
 

@@ -38,8 +38,8 @@ class Removal:
 class Store:
     """Models below `home`: `blobs/sha256-…`, `manifests/<host>/<name>/<tag>.json`, `downloads/` and `locks/`.
 
-    Several processes may use one store at once. `registry` is the host of names without one; `timeout` is how many
-    seconds a transfer may stand still. Names are texts as in `parse_name`; a wrong one raises UsageError.
+    Several processes may use one store at once. `registry` is the host, or the URL, of names without one; `timeout` is
+    how many seconds a transfer may stand still. Names are texts as in `parse_name`; a wrong one raises UsageError.
     """
 
     def __init__(self, home: Path, registry: str | None = None, timeout: float = 30.0) -> None:
@@ -86,6 +86,10 @@ class Store:
                     fetch()
             self.manifests.write(parsed.manifest, delivery.model)
         return self.resolve(name)
+
+    def get(self, name: str, progress: Progress | None = None, accept_license: bool = False) -> StoredModel:
+        """What `resolve` finds, or else what `pull` brings: no network for a model that is here."""
+        return self.resolve(name) if self.has(name) else self.pull(name, progress, accept_license)
 
     def resolve(self, name: str) -> StoredModel:
         """The model of a name or a path. Raises ModelNotFound with the names that are close."""

@@ -27,7 +27,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars
 from huggingface_hub.utils import httpx as hub_httpx
 
-from chandra.errors import DownloadError, ModelNotFound, UnsupportedError, UsageError
+from chandra.errors import ChandraError, DownloadError, ModelNotFound, UnsupportedError, UsageError
 from chandra.store.download import Downloader
 from chandra.store.manifests import StoredModel
 from chandra.store.parts import locked, storing
@@ -130,23 +130,24 @@ def _newest_snapshot(cache: Path) -> Path | None:
     return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
 
 
+# The kinds of the Hub's errors, the first that fits: what of ours it is, the message and the hint.
+_LOG_IN = "set HF_TOKEN or run `hf auth login`"
+_ERRORS: tuple[tuple[tuple[type[Exception], ...], type[ChandraError], str, str], ...] = (
+    ((HFValidationError,), UsageError, "not a repository of the Hub", "write hf.co/org/repo"),
+    ((GatedRepoError,), DownloadError, "has terms to accept on the Hub", f"accept them on its page, then {_LOG_IN}"),
+    ((RepositoryNotFoundError,), ModelNotFound, "the Hub has no such repository", f"if it is private, {_LOG_IN}"),
+    ((OfflineModeIsEnabled, LocalEntryNotFoundError), DownloadError, "not in the Hub's cache", "unset HF_HUB_OFFLINE"),
+    ((EntryNotFoundError,), ModelNotFound, "the repository has no such file", "look at its list of files"),
+    ((HfHubHTTPError, hub_httpx.TransportError), DownloadError, "cannot be read from the Hub", "check the network"),
+)
+
+
 @contextmanager
 def _our_errors(repo: str) -> Iterator[None]:
     try:
         yield
-    except HFValidationError as error:
-        raise UsageError(f"not a repository of the Hub: {repo}", str(error)) from error
-    except GatedRepoError as error:
-        hint = "accept them on its page, then set HF_TOKEN or run `hf auth login`"
-        raise DownloadError(f"{repo} has terms that must be accepted on the Hub first", hint) from error
-    except RepositoryNotFoundError as error:
-        hint = "check the name; for a private repository set HF_TOKEN or run `hf auth login`"
-        raise ModelNotFound(f"the Hub has no repository {repo}", hint) from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        hint = "unset HF_HUB_OFFLINE, or pull it once while there is a network"
-        raise DownloadError(f"{repo} is not in the Hub's cache and the Hub cannot be asked", hint) from error
-    except EntryNotFoundError as error:
-        raise ModelNotFound(f"{repo}: {error}", "check the name") from error
-    except (HfHubHTTPError, hub_httpx.TransportError) as error:
-        text = str(error).partition("\n")[0]
-        raise DownloadError(f"cannot read {repo} from the Hub: {text}", "check the network and HF_ENDPOINT") from error
+    except Exception as error:
+        for kinds, ours, message, hint in _ERRORS:
+            if isinstance(error, kinds):
+                raise ours(f"{repo}: {message}: {str(error).partition(chr(10))[0]}", hint) from error
+        raise

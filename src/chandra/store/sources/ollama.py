@@ -27,13 +27,14 @@ _LOOPBACK = ("localhost", "127.0.0.1")
 
 
 def deliver(job: Job, host: str, name: Name) -> Delivery:
-    """Reads a manifest and its small layers.
+    """Reads a manifest and its small layers from a registry, given as a host (TLS, but on loopback) or a URL.
 
     Raises ModelNotFound, DownloadError, DigestMismatch or UnsupportedError.
     """
     scheme = "http" if host.partition(":")[0] in _LOOPBACK else "https"
+    address = host.rstrip("/") if "://" in host else f"{scheme}://{host}"
     repository = name.path if "/" in name.path else f"library/{name.path}"
-    base = f"{scheme}://{host}/v2/{repository}"
+    base = f"{address}/v2/{repository}"
     with httpx.Client(timeout=job.timeout) as client:
         page = read_page(client, f"{base}/manifests/{name.tag}", _MANIFEST)
         layers = _layers(page.data, host)
