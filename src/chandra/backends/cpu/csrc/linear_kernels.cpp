@@ -1,6 +1,8 @@
 // The kernels of one instruction set; compiled once for each. Everything is a template of the vector class, so that no
 // code compiled for one set can end up in another.
 #include <initializer_list>
+#include <type_traits>
+#include <utility>
 
 #include "panel_simd_x86.h"
 #include "panels.h"
@@ -28,6 +30,16 @@ CHANDRA_INLINE typename S::F add_product(const Decoded<S>& d, const ActBlock& x,
   return acc;
 }
 
+// f(run, step) for every 32 columns of a block; the step within a run is a constant, for its shifts to be constants too.
+template <class P, class Fn>
+CHANDRA_INLINE void each_run(Fn&& f) {
+  for (int run = 0; run < P::size.columns / kBlock / P::steps; ++run) {
+    [&]<int... step>(std::integer_sequence<int, step...>) CHANDRA_LAMBDA {
+      (f(run, std::integral_constant<int, step>{}), ...);
+    }(std::make_integer_sequence<int, P::steps>{});
+  }
+}
+
 // Few tokens wait for memory: ask for the panel well before it is needed.
 template <int kTokens>
 CHANDRA_INLINE void prefetch(const uint8_t* p, int bytes) {
@@ -46,12 +58,13 @@ void tile(const uint8_t* panel, int64_t blocks, const void* activations, float* 
     F acc[kTokens] = {};
     for (int64_t b = 0; b < blocks; ++b, p += P::size.bytes) {
       prefetch<kTokens>(p, P::size.bytes);
-      for (int j = 0; j < P::size.columns / kBlock; ++j, x += kTokens) {
+      each_run<P>([&](int run, auto step) CHANDRA_LAMBDA {
         Decoded<S> d;
-        P::template decode<S>(panel, p, j, part, d);
+        P::template decode<S, step()>(panel, p, run, part, d);
 #pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) acc[t] = add_product<S, P>(d, x[t], acc[t]);
-      }
+        x += kTokens;
+      });
     }
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) S::store(out + t * kPanelRows + part * S::lanes, acc[t]);
@@ -85,9 +98,9 @@ void unpack(const uint8_t* panel, int64_t blocks, int row, float* out) {
   const int part = row / S::lanes, lane = row % S::lanes;
   const uint8_t* p = panel + P::size.header;
   for (int64_t b = 0; b < blocks; ++b, p += P::size.bytes) {
-    for (int j = 0; j < P::size.columns / kBlock; ++j, out += kBlock) {
+    each_run<P>([&](int run, auto step) {
       Decoded<S> d;
-      P::template decode<S>(panel, p, j, part, d);
+      P::template decode<S, step()>(panel, p, run, part, d);
       alignas(64) uint8_t w[8][4 * S::lanes];
       for (int i = 0; i < 8; ++i) S::store(w[i], d.w[i]);
       constexpr int offset = P::offset_bits < 0 ? 0 : 1 << (P::offset_bits < 0 ? 0 : P::offset_bits);
@@ -96,7 +109,8 @@ void unpack(const uint8_t* panel, int64_t blocks, int row, float* out) {
         const float value = d.scale[g][lane] * static_cast<float>(w[c / 4][4 * lane + c % 4] - offset);
         out[c] = P::minimums ? value + d.shift[g][lane] : value;
       }
-    }
+      out += kBlock;
+    });
   }
 }
 
@@ -124,7 +138,7 @@ void quantize_block(const float* x, ActBlock& out) {
   for (int i = 0; i < n; ++i) {
     const I q = S::to_int(S::round(v[i] * inverse));
     sums[2 * i / n] += q;
-    S::store(out.q + i * S::lanes, __builtin_convertvector(q, typename S::I8));
+    S::store_i8(out.q + i * S::lanes, q);
   }
   const int32_t lo = S::sum(sums[0]), hi = S::sum(sums[1]);
   out.scale = amax / 127.0f;

@@ -81,18 +81,13 @@ struct Simd {
   static CHANDRA_INLINE F min(F a, F b) { return a < b ? a : b; }
   static CHANDRA_INLINE F fma(F a, F b, F c) { return a * b + c; }
 
-  static CHANDRA_INLINE F load_u8(const uint8_t* p) {
-    return __builtin_convertvector(load<U8>(p), F);
-  }
-  static CHANDRA_INLINE F load_i8(const uint8_t* p) {
-    return __builtin_convertvector(load<I8>(p), F);
-  }
-  static CHANDRA_INLINE I load_u16(const uint8_t* p) {
-    return __builtin_convertvector(load<U16>(p), I);
-  }
-  static CHANDRA_INLINE F load_bf16(const uint8_t* p) { return (F)(load_u16(p) << 16); }
+  static CHANDRA_INLINE I load_u8(const uint8_t* p) { return __builtin_convertvector(load<U8>(p), I); }
+  static CHANDRA_INLINE I load_i8(const uint8_t* p) { return __builtin_convertvector(load<I8>(p), I); }
+  static CHANDRA_INLINE I load_u16(const uint8_t* p) { return __builtin_convertvector(load<U16>(p), I); }
+  static CHANDRA_INLINE void store_i8(int8_t* p, I v) { store(p, __builtin_convertvector(v, I8)); }
+  static CHANDRA_INLINE F load_bf16(const uint8_t* p) { return (F)(Self::load_u16(p) << 16); }
   static CHANDRA_INLINE F load_f16(const uint8_t* p) {
-    const I bits = load_u16(p);
+    const I bits = Self::load_u16(p);
     const I sign = (bits & 0x8000) << 16, rest = (bits & 0x7fff) << 13;
     const F normal = (F)(rest + (112 << 23));
     const F infinite = (F)(rest + (224 << 23));

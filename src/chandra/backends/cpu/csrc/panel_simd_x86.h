@@ -13,12 +13,16 @@ struct Avx512 : Simd<Avx512, 16> {
   static CHANDRA_INLINE F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
   static CHANDRA_INLINE F min(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
   static CHANDRA_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+  static CHANDRA_INLINE I load_u8(const uint8_t* p) { return (I)_mm512_cvtepu8_epi32(load<__m128i>(p)); }
+  static CHANDRA_INLINE I load_i8(const uint8_t* p) { return (I)_mm512_cvtepi8_epi32(load<__m128i>(p)); }
+  static CHANDRA_INLINE I load_u16(const uint8_t* p) { return (I)_mm512_cvtepu16_epi32(load<__m256i>(p)); }
+  static CHANDRA_INLINE void store_i8(int8_t* p, I v) { store(p, _mm512_cvtepi32_epi8((__m512i)v)); }
   static CHANDRA_INLINE F load_f16(const uint8_t* p) {
-    return (F)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return (F)_mm512_cvtph_ps(load<__m256i>(p));
   }
   using Simd::lookup;
   static CHANDRA_INLINE B lookup(const uint8_t* levels, B nibbles) {
-    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels)));
+    const __m512i table = _mm512_broadcast_i32x4(load<__m128i>(levels));
     return (B)_mm512_shuffle_epi8(table, (__m512i)nibbles);
   }
   static CHANDRA_INLINE F lookup(const float* levels, U v, int shift) {
@@ -43,12 +47,21 @@ struct Avx2 : Simd<Avx2, 8> {
   static CHANDRA_INLINE F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
   static CHANDRA_INLINE F min(F a, F b) { return (F)_mm256_min_ps((__m256)a, (__m256)b); }
   static CHANDRA_INLINE F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+  static CHANDRA_INLINE I load_u8(const uint8_t* p) { return (I)_mm256_cvtepu8_epi32(_mm_loadu_si64(p)); }
+  static CHANDRA_INLINE I load_i8(const uint8_t* p) { return (I)_mm256_cvtepi8_epi32(_mm_loadu_si64(p)); }
+  static CHANDRA_INLINE I load_u16(const uint8_t* p) { return (I)_mm256_cvtepu16_epi32(load<__m128i>(p)); }
+  static CHANDRA_INLINE void store_i8(int8_t* p, I v) {
+    const __m256i words = _mm256_packs_epi32((__m256i)v, (__m256i)v), bytes = _mm256_packs_epi16(words, words);
+    const int32_t low = _mm256_extract_epi32(bytes, 0), high = _mm256_extract_epi32(bytes, 4);
+    std::memcpy(p, &low, 4);
+    std::memcpy(p + 4, &high, 4);
+  }
   static CHANDRA_INLINE F load_f16(const uint8_t* p) {
-    return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return (F)_mm256_cvtph_ps(load<__m128i>(p));
   }
   using Simd::lookup;
   static CHANDRA_INLINE B lookup(const uint8_t* levels, B nibbles) {
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(levels)));
+    const __m256i table = _mm256_broadcastsi128_si256(load<__m128i>(levels));
     return (B)_mm256_shuffle_epi8(table, (__m256i)nibbles);
   }
   static CHANDRA_INLINE F lookup(const float* levels, U v, int shift) {

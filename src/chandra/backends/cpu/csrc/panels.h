@@ -19,12 +19,14 @@ struct Decoded {
   typename S::F scale[2], shift[2];
 };
 
-template <int kColumns, int kBytes, int kTopValue, int kOffsetBits, bool kMinimums, int kGroups = 1, int kHeader = 0>
+template <int kColumns, int kBytes, int kTopValue, int kOffsetBits, bool kMinimums, int kSteps = 1, int kGroups = 1,
+          int kHeader = 0>
 struct Quantized {
   static constexpr PanelSize size{kHeader, kColumns, kBytes};
   static constexpr int top = kTopValue;
   static constexpr int offset_bits = kOffsetBits;  // -1: no offset
   static constexpr bool minimums = kMinimums;
+  static constexpr int steps = kSteps;  // times 32 columns that share their bytes: a run
   static constexpr int groups = kGroups;  // scales for 32 columns
 };
 
@@ -40,6 +42,16 @@ CHANDRA_INLINE typename S::F half(const uint8_t* p, int part) {
 template <class S>
 CHANDRA_INLINE typename S::F f32(const uint8_t* p, int part) {
   return S::template load<typename S::F>(p + 4 * S::lanes * part);
+}
+
+// An f16 a row times a byte a row.
+template <class S>
+CHANDRA_INLINE typename S::F scaled(const uint8_t* d, const uint8_t* scales, int part) {
+  return half<S>(d, part) * S::to_float(S::load_u8(scales + S::lanes * part));
+}
+template <class S>
+CHANDRA_INLINE typename S::F scaled_signed(const uint8_t* d, const uint8_t* scales, int part) {
+  return half<S>(d, part) * S::to_float(S::load_i8(scales + S::lanes * part));
 }
 
 // Columns 0 to 15 in the low nibbles, 16 to 31 in the high ones.
@@ -66,7 +78,7 @@ CHANDRA_INLINE void fields(const uint8_t* p, int part, int shift, uint8_t mask, 
 
 // f16 d a row | 16 bytes of nibbles a row
 struct Q4_0 : Quantized<32, 16 * 18, 15, 3, false> {
-  template <class S>
+  template <class S, int step>
   static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int, int part, Decoded<S>& out) {
     out.scale[0] = half<S>(p, part);
     nibbles<S>(p + 32, part, out.w);
@@ -74,7 +86,7 @@ struct Q4_0 : Quantized<32, 16 * 18, 15, 3, false> {
 };
 // f16 d a row | f16 m a row | 16 bytes of nibbles a row
 struct Q4_1 : Quantized<32, 16 * 20, 15, -1, true> {
-  template <class S>
+  template <class S, int step>
   static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int, int part, Decoded<S>& out) {
     out.scale[0] = half<S>(p, part);
     out.shift[0] = half<S>(p + 32, part);
@@ -83,7 +95,7 @@ struct Q4_1 : Quantized<32, 16 * 20, 15, -1, true> {
 };
 // f16 d a row | 4 bytes of fifth bits a row | 16 bytes of nibbles a row
 struct Q5_0 : Quantized<32, 16 * 22, 31, 4, false> {
-  template <class S>
+  template <class S, int step>
   static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int, int part, Decoded<S>& out) {
     out.scale[0] = half<S>(p, part);
     nibbles<S>(p + 96, part, out.w);
@@ -92,7 +104,7 @@ struct Q5_0 : Quantized<32, 16 * 22, 31, 4, false> {
 };
 // f16 d a row | f16 m a row | 4 bytes of fifth bits a row | 16 bytes of nibbles a row
 struct Q5_1 : Quantized<32, 16 * 24, 31, -1, true> {
-  template <class S>
+  template <class S, int step>
   static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int, int part, Decoded<S>& out) {
     out.scale[0] = half<S>(p, part);
     out.shift[0] = half<S>(p + 32, part);
@@ -102,15 +114,15 @@ struct Q5_1 : Quantized<32, 16 * 24, 31, -1, true> {
 };
 // f16 d a row | 32 bytes a row, 128 added
 struct Q8_0 : Quantized<32, 16 * 34, 255, 7, false> {
-  template <class S>
+  template <class S, int step>
   static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int, int part, Decoded<S>& out) {
     out.scale[0] = half<S>(p, part);
     for (int i = 0; i < 8; ++i) out.w[i] = bytes<S>(p + 32, i, part);
   }
 };
 // Header: f32 scale a row. 32 bytes a row, 128 added
-struct Int8 : Quantized<32, 16 * 32, 255, 7, false, 1, 64> {
-  template <class S>
+struct Int8 : Quantized<32, 16 * 32, 255, 7, false, 1, 1, 64> {
+  template <class S, int step>
   static CHANDRA_INLINE void decode(const uint8_t* header, const uint8_t* p, int, int part, Decoded<S>& out) {
     out.scale[0] = f32<S>(header, part);
     for (int i = 0; i < 8; ++i) out.w[i] = bytes<S>(p, i, part);
@@ -119,11 +131,11 @@ struct Int8 : Quantized<32, 16 * 32, 255, 7, false, 1, 64> {
 // f16 scale a row | f16 zero a row | for every 32 columns 16 bytes of nibbles a row
 template <int kGroup>
 struct Int4 : Quantized<kGroup, 16 * (4 + kGroup / 2), 15, -1, true> {
-  template <class S>
-  static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int j, int part, Decoded<S>& out) {
+  template <class S, int step>
+  static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int run, int part, Decoded<S>& out) {
     out.scale[0] = half<S>(p, part);
     out.shift[0] = -half<S>(p + 32, part) * out.scale[0];
-    nibbles<S>(p + 64 + 256 * j, part, out.w);
+    nibbles<S>(p + 64 + 256 * run, part, out.w);
   }
 };
 
@@ -138,7 +150,7 @@ CHANDRA_INLINE void levels(const uint8_t* table, typename S::B* w) {
 }
 // As Q4_0
 struct Iq4Nl : Quantized<32, 16 * 18, 255, 7, false> {
-  template <class S>
+  template <class S, int step>
   static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int, int part, Decoded<S>& out) {
     out.scale[0] = half<S>(p, part);
     nibbles<S>(p + 32, part, out.w);
@@ -147,82 +159,80 @@ struct Iq4Nl : Quantized<32, 16 * 18, 255, 7, false> {
 };
 // f16 d a row | for every 32 columns: i8 scale a row | then 16 bytes of nibbles a row
 struct Iq4Xs : Quantized<256, 16 * (2 + 8 + 128), 255, 7, false> {
-  template <class S>
-  static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int j, int part, Decoded<S>& out) {
-    out.scale[0] = half<S>(p, part) * S::load_i8(p + 32 + 16 * j + S::lanes * part);
-    nibbles<S>(p + 160 + 256 * j, part, out.w);
+  template <class S, int step>
+  static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int run, int part, Decoded<S>& out) {
+    out.scale[0] = scaled_signed<S>(p, p + 32 + 16 * run, part);
+    nibbles<S>(p + 160 + 256 * run, part, out.w);
     levels<S>(kIq4Levels, out.w);
   }
 };
 // e8 a row | 16 bytes of nibbles a row
 struct Mxfp4 : Quantized<32, 16 * 17, 31, 4, false> {
-  template <class S>
+  template <class S, int step>
   static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int, int part, Decoded<S>& out) {
-    const auto e = __builtin_convertvector(S::template load<typename S::U8>(p + S::lanes * part), typename S::I);
+    const auto e = S::load_u8(p + S::lanes * part);
     out.scale[0] = (typename S::F)(e << 23) * 0.5f;  // 2^(e - 128); an e of 0 is so small that 0 will do
     nibbles<S>(p + 16, part, out.w);
     levels<S>(kMxfp4Levels, out.w);
   }
 };
 
-// The k-quants: f16 d (and dmin) a row, then for every 16 or 32 columns scale bytes (and minimums) a row.
-template <class S>
-CHANDRA_INLINE typename S::F scaled(const uint8_t* d, const uint8_t* scales, int part) {
-  return half<S>(d, part) * S::load_u8(scales + S::lanes * part);
-}
-template <class S>
-CHANDRA_INLINE typename S::F scaled_signed(const uint8_t* d, const uint8_t* scales, int part) {
-  return half<S>(d, part) * S::load_i8(scales + S::lanes * part);
-}
-
 // d, dmin | u8 scale, u8 minimum for every 32 columns | 128 bytes a row, as in the GGUF block
-struct Q4_K : Quantized<256, 16 * (4 + 16 + 128), 15, -1, true> {
-  template <class S>
-  static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int j, int part, Decoded<S>& out) {
-    out.scale[0] = scaled<S>(p, p + 64 + 32 * j, part);
-    out.shift[0] = -scaled<S>(p + 32, p + 80 + 32 * j, part);
-    fields<S>(p + 320 + 512 * (j / 2), part, 4 * (j % 2), 15, out.w);
+struct Q4_K : Quantized<256, 16 * (4 + 16 + 128), 15, -1, true, 2> {
+  template <class S, int step>
+  static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int run, int part, Decoded<S>& out) {
+    const uint8_t* scales = p + 64 + 32 * (2 * run + step);
+    out.scale[0] = scaled<S>(p, scales, part);
+    out.shift[0] = -scaled<S>(p + 32, scales + 16, part);
+    fields<S>(p + 320 + 512 * run, part, 4 * step, 15, out.w);
   }
 };
 // As Q4_K, then 32 bytes of fifth bits a row
-struct Q5_K : Quantized<256, 16 * (4 + 16 + 128 + 32), 31, -1, true> {
-  template <class S>
-  static CHANDRA_INLINE void decode(const uint8_t* header, const uint8_t* p, int j, int part, Decoded<S>& out) {
-    Q4_K::decode<S>(header, p, j, part, out);
-    for (int i = 0; i < 8; ++i)
-      out.w[i] |= S::field_up(S::field(bytes<S>(p + Q4_K::size.bytes, i, part), j, 1), 4, 16);
+struct Q5_K : Quantized<256, 16 * (4 + 16 + 128 + 32), 31, -1, true, 2> {
+  template <class S, int step>
+  static CHANDRA_INLINE void decode(const uint8_t* header, const uint8_t* p, int run, int part, Decoded<S>& out) {
+    Q4_K::decode<S, step>(header, p, run, part, out);
+    for (int i = 0; i < 8; ++i) {
+      const auto v = bytes<S>(p + Q4_K::size.bytes, i, part) >> static_cast<uint16_t>(2 * run);
+      out.w[i] |= S::field_up(v, 4 - step, 16);
+    }
   }
 };
 // d | i8 scales of 16 columns | for every 128 columns: 64 bytes of nibbles and 32 of upper bit pairs a row
-struct Q6_K : Quantized<256, 16 * (2 + 16 + 192), 63, 5, false, 2> {
-  template <class S>
-  static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int j, int part, Decoded<S>& out) {
-    for (int g = 0; g < 2; ++g) out.scale[g] = scaled_signed<S>(p, p + 32 + 32 * j + 16 * g, part);
-    const uint8_t* run = p + 288 + 1536 * (j / 4);
-    fields<S>(run + 512 * (j % 2), part, 4 * (j / 2 % 2), 15, out.w);
-    for (int i = 0; i < 8; ++i)
-      out.w[i] |= S::field_up(S::field(bytes<S>(run + 1024, i, part), 2 * (j % 4), 3), 4, 0x30);
+struct Q6_K : Quantized<256, 16 * (2 + 16 + 192), 63, 5, false, 4, 2> {
+  template <class S, int step>
+  static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int run, int part, Decoded<S>& out) {
+    for (int g = 0; g < 2; ++g) out.scale[g] = scaled_signed<S>(p, p + 32 + 128 * run + 32 * step + 16 * g, part);
+    const uint8_t* low = p + 288 + 1536 * run;
+    fields<S>(low + 512 * (step % 2), part, 4 * (step / 2), 15, out.w);
+    for (int i = 0; i < 8; ++i) {
+      const auto v = bytes<S>(low + 1024, i, part);
+      out.w[i] |= step < 3 ? S::field_up(v, 4 - 2 * step, 0x30) : S::field(v, 2, 0x30);
+    }
   }
 };
 // d, dmin | u8 scale of 16 columns, u8 minimum, twice for every 32 | 64 bytes a row
-struct Q2_K : Quantized<256, 16 * (4 + 32 + 64), 3, -1, true, 2> {
-  template <class S>
-  static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int j, int part, Decoded<S>& out) {
+struct Q2_K : Quantized<256, 16 * (4 + 32 + 64), 3, -1, true, 4, 2> {
+  template <class S, int step>
+  static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int run, int part, Decoded<S>& out) {
     for (int g = 0; g < 2; ++g) {
-      out.scale[g] = scaled<S>(p, p + 64 + 64 * j + 32 * g, part);
-      out.shift[g] = -scaled<S>(p + 32, p + 80 + 64 * j + 32 * g, part);
+      const uint8_t* scales = p + 64 + 256 * run + 64 * step + 32 * g;
+      out.scale[g] = scaled<S>(p, scales, part);
+      out.shift[g] = -scaled<S>(p + 32, scales + 16, part);
     }
-    fields<S>(p + 576 + 512 * (j / 4), part, 2 * (j % 4), 3, out.w);
+    fields<S>(p + 576 + 512 * run, part, 2 * step, 3, out.w);
   }
 };
 // d | i8 scales of 16 columns | 64 bytes of bit pairs a row | 32 bytes of third bits a row
-struct Q3_K : Quantized<256, 16 * (2 + 16 + 64 + 32), 7, 2, false, 2> {
-  template <class S>
-  static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int j, int part, Decoded<S>& out) {
-    for (int g = 0; g < 2; ++g) out.scale[g] = scaled_signed<S>(p, p + 32 + 32 * j + 16 * g, part);
-    fields<S>(p + 288 + 512 * (j / 4), part, 2 * (j % 4), 3, out.w);
-    for (int i = 0; i < 8; ++i)
-      out.w[i] |= S::field_up(S::field(bytes<S>(p + 288 + 1024, i, part), j, 1), 2, 4);
+struct Q3_K : Quantized<256, 16 * (2 + 16 + 64 + 32), 7, 2, false, 4, 2> {
+  template <class S, int step>
+  static CHANDRA_INLINE void decode(const uint8_t*, const uint8_t* p, int run, int part, Decoded<S>& out) {
+    for (int g = 0; g < 2; ++g) out.scale[g] = scaled_signed<S>(p, p + 32 + 128 * run + 32 * step + 16 * g, part);
+    fields<S>(p + 288 + 512 * run, part, 2 * step, 3, out.w);
+    for (int i = 0; i < 8; ++i) {
+      const auto v = bytes<S>(p + 288 + 1024, i, part) >> static_cast<uint16_t>(4 * run);
+      out.w[i] |= step < 3 ? S::field_up(v, 2 - step, 4) : S::field(v, 1, 4);
+    }
   }
 };
 
