@@ -35,9 +35,9 @@ ISAS = [isa for isa in ("portable", "avx2", "avx512") if available(isa)]
 
 
 @pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
     _cpu.set_isa(request.param)
-    yield request.param
+    yield
     _cpu.set_isa("auto")
 
 
@@ -94,8 +94,9 @@ def shapes(fmt: Format) -> list[tuple[int, int]]:
     return list(zip((1, 16, 37), columns, strict=True))
 
 
+@pytest.mark.usefixtures("_isa")
 @pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.name)
-def test_products_match_float64(fmt: Format, isa: str, rng: np.random.Generator) -> None:
+def test_products_match_float64(fmt: Format, rng: np.random.Generator) -> None:
     for shape, repack in itertools.product(shapes(fmt), (True, False)):
         weight, exact = make(fmt, shape, repack)
         for n in BATCHES:
@@ -112,8 +113,9 @@ def test_products_match_float64(fmt: Format, isa: str, rng: np.random.Generator)
                 assert np.all(np.abs(out - x.astype(np.float64) @ exact.T) <= bound + 1e-5 * size + 1e-6)
 
 
+@pytest.mark.usefixtures("_isa")
 @pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.name)
-def test_rows_do_not_depend_on_the_batch(fmt: Format, isa: str, rng: np.random.Generator) -> None:
+def test_rows_do_not_depend_on_the_batch(fmt: Format, rng: np.random.Generator) -> None:
     shape = shapes(fmt)[2]
     weight, _ = make(fmt, shape)
     in_place, _ = make(fmt, shape, repack=False)
@@ -133,8 +135,9 @@ def test_rows_do_not_depend_on_the_batch(fmt: Format, isa: str, rng: np.random.G
         _cpu.set_threads(threads)
 
 
+@pytest.mark.usefixtures("_isa")
 @pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.name)
-def test_repacked_and_in_place_agree(fmt: Format, isa: str, rng: np.random.Generator) -> None:
+def test_repacked_and_in_place_agree(fmt: Format, rng: np.random.Generator) -> None:
     shape = shapes(fmt)[2]
     values = torch.from_numpy(rng.standard_normal(shape, np.float32))
     parts = {name: part.numpy() for name, part in fmt.pack(values).items()}
@@ -149,9 +152,10 @@ def test_repacked_and_in_place_agree(fmt: Format, isa: str, rng: np.random.Gener
     assert np.array_equal(*outs)
 
 
+@pytest.mark.usefixtures("_isa")
 @pytest.mark.parametrize("repack", [True, False])
 @pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.name)
-def test_embed_returns_the_rows(fmt: Format, repack: bool, isa: str, rng: np.random.Generator) -> None:
+def test_embed_returns_the_rows(fmt: Format, repack: bool, rng: np.random.Generator) -> None:
     shape = (37, shapes(fmt)[2][1])
     table, exact = make(fmt, shape, repack)
     ids = rng.integers(0, 37, 21).astype(np.int32)
@@ -163,7 +167,8 @@ def test_embed_returns_the_rows(fmt: Format, repack: bool, isa: str, rng: np.ran
             _cpu.embed(np.array([bad], np.int32), table.handle, 1.0, out[:1])
 
 
-def test_blocks_at_odd_addresses(isa: str, rng: np.random.Generator) -> None:
+@pytest.mark.usefixtures("_isa")
+def test_blocks_at_odd_addresses(rng: np.random.Generator) -> None:
     for name, columns in (("Q4_0", 96), ("Q5_0", 96), ("Q6_K", 512), ("F32", 33), ("MXFP4", 96)):
         fmt = get_format(name)
         packed = fmt.pack(torch.from_numpy(rng.standard_normal((17, columns), np.float32)))
@@ -180,7 +185,8 @@ def test_blocks_at_odd_addresses(isa: str, rng: np.random.Generator) -> None:
         assert all(np.array_equal(out, outs[0]) for out in outs)
 
 
-def test_zeros_and_huge_activations(isa: str, rng: np.random.Generator) -> None:
+@pytest.mark.usefixtures("_isa")
+def test_zeros_and_huge_activations() -> None:
     weight, exact = make(get_format("Q8_0"), (32, 64))
     x = np.zeros((2, 64), np.float32)
     x[1] = 1e30
@@ -203,7 +209,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
             _cpu.Weight(name, shape, parts)
 
 
-def test_arrays_that_do_not_fit_are_refused(rng: np.random.Generator) -> None:
+def test_arrays_that_do_not_fit_are_refused() -> None:
     weight, _ = make(get_format("Q4_0"), (16, 32))
     linear = Linear(weight)
     norm = Norm(np.ones(31, np.float32), 1e-6)

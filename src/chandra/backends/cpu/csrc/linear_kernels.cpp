@@ -40,13 +40,12 @@ CHANDRA_INLINE void each_run(Fn&& f) {
   }
 }
 
-// Few tokens wait for memory: ask for the panel well before it is needed.
-template <int kTokens>
-CHANDRA_INLINE void prefetch(const uint8_t* p, int bytes) {
-  constexpr int kAhead = 3072;
-  if constexpr (kTokens <= 4) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + kAhead + i, 0, 2);
-  }
+// Asks for the panel well before it is needed, a few lines at a time.
+template <int kBytes>
+CHANDRA_INLINE void prefetch(const uint8_t* p) {
+  constexpr int kAhead = 4096;
+#pragma GCC unroll 16
+  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(p + kAhead + i, 0, 2);
 }
 
 template <class S, class P, int kTokens>
@@ -57,8 +56,9 @@ void tile(const uint8_t* panel, int64_t blocks, const void* activations, float* 
     const uint8_t* p = panel + P::size.header;
     F acc[kTokens] = {};
     for (int64_t b = 0; b < blocks; ++b, p += P::size.bytes) {
-      prefetch<kTokens>(p, P::size.bytes);
       each_run<P>([&](int run, auto step) CHANDRA_LAMBDA {
+        constexpr int kBytes = P::size.bytes * kBlock / P::size.columns;
+        prefetch<kBytes>(p + (run * P::steps + step()) * kBytes);
         Decoded<S> d;
         P::template decode<S, step()>(panel, p, run, part, d);
 #pragma GCC unroll 8
@@ -79,7 +79,7 @@ void float_tile(const uint8_t* panel, int64_t blocks, const void* activations, f
     const uint8_t* p = panel;
     F acc[kTokens] = {};
     for (int64_t b = 0; b < blocks; ++b, p += P::size.bytes) {
-      prefetch<kTokens>(p, P::size.bytes);
+      prefetch<P::size.bytes>(p);
       for (int j = 0; j < P::size.columns; ++j, x += kTokens) {
         const F w = P::template weight<S>(p, j, part);
 #pragma GCC unroll 8

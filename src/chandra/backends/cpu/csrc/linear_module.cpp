@@ -1,6 +1,7 @@
 // The Python face of the products. Weights, norms and experts are read from the dataclasses of chandra.ops.contracts.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
 
 #include <array>
 #include <cstring>

@@ -1,21 +1,17 @@
 #include "weight.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <utility>
 
 #include "pool.h"
 #include "scratch.h"
+#include "slab.h"
 
 namespace chandra {
 namespace {
-
-constexpr size_t kHugePage = size_t{2} << 20;
 
 thread_local Buffer panel_scratch;
 
@@ -27,15 +23,6 @@ constexpr std::array<std::pair<std::string_view, Layout>, 22> kFormats{{
     {"IQ4_XS", Layout::iq4_xs}, {"MXFP4", Layout::mxfp4}, {"int8", Layout::int8}, {"int4-g32", Layout::int4_g32},
     {"int4-g64", Layout::int4_g64}, {"int4-g128", Layout::int4_g128},
 }};
-
-uint8_t* map_pages(size_t bytes) {
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-  if (bytes >= 4 * kHugePage) madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-  return static_cast<uint8_t*>(p);
-}
 
 }  // namespace
 
@@ -74,19 +61,13 @@ Weight::Weight(const Source& source, int64_t experts, int64_t rows, bool repack)
   blocks_ = (columns() + size.columns - 1) / size.columns;
   panel_bytes_ = panel_bytes(layout(), columns());
   if (!repack || experts * rows == 0 || blocks_ == 0) return;
-  mapped_ = static_cast<size_t>(repacked_bytes(layout(), experts, rows, columns()));
-  uint8_t* memory = map_pages(mapped_);
+  panels_ = allocate_panels(static_cast<size_t>(repacked_bytes(layout(), experts, rows, columns())));
   const int64_t all = experts * panels(), chunk = std::max<int64_t>(1, (1 << 18) / panel_bytes_);
   Pool::shared().run((all + chunk - 1) / chunk, [&](int64_t task, int) {
     for (int64_t p = task * chunk; p < std::min(all, (task + 1) * chunk); ++p)
-      pack_panel(p / panels(), p % panels(), memory + p * panel_bytes_);
+      pack_panel(p / panels(), p % panels(), panels_.get() + p * panel_bytes_);
   });
-  panels_ = memory;
   source_ = Source{.layout = source.layout, .rows = source.rows, .columns = source.columns};
-}
-
-Weight::~Weight() {
-  if (panels_) munmap(panels_, mapped_);
 }
 
 void Weight::pack_panel(int64_t expert, int64_t index, uint8_t* out) const {
@@ -95,7 +76,7 @@ void Weight::pack_panel(int64_t expert, int64_t index, uint8_t* out) const {
 }
 
 const uint8_t* Weight::panel(int64_t expert, int64_t index) const {
-  if (panels_) return panels_ + (expert * panels() + index) * panel_bytes_;
+  if (panels_) return panels_.get() + (expert * panels() + index) * panel_bytes_;
   uint8_t* out = panel_scratch.reserve<uint8_t>(panel_bytes_);
   if ((index + 1) * kPanelRows > rows_) std::memset(out, 0, static_cast<size_t>(panel_bytes_));
   pack_panel(expert, index, out);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -39,7 +40,6 @@ class Weight {
 
   // Rows of `source` are experts * rows. With `repack` the panels are made now and the source is not needed any more.
   Weight(const Source& source, int64_t experts, int64_t rows, bool repack);
-  ~Weight();
   Weight(const Weight&) = delete;
   Weight& operator=(const Weight&) = delete;
 
@@ -50,7 +50,7 @@ class Weight {
   int64_t blocks() const { return blocks_; }  // of a panel
   int64_t panels() const { return (rows_ + kPanelRows - 1) / kPanelRows; }  // of an expert
   int64_t panel_bytes() const { return panel_bytes_; }
-  bool in_place() const { return panels_ == nullptr; }
+  bool in_place() const { return !panels_; }
 
   // A panel, made in this thread's scratch memory if need be: good until the next call in this thread.
   const uint8_t* panel(int64_t expert, int64_t index) const;
@@ -62,8 +62,7 @@ class Weight {
 
   Source source_;
   int64_t experts_, rows_, blocks_, panel_bytes_;
-  uint8_t* panels_ = nullptr;
-  size_t mapped_ = 0;
+  std::shared_ptr<uint8_t> panels_;
 };
 
 }  // namespace chandra

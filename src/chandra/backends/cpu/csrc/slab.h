@@ -1,0 +1,14 @@
+// Memory for panels: bump-allocated from large regions, so that many small weights share huge pages. A page fault costs
+// as much as packing what goes into the page; huge pages make loading several times faster and reading free of TLB misses.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace chandra {
+
+// Bytes aligned to 64, zero at first. The region goes back to the system with the last of its pieces.
+std::shared_ptr<uint8_t> allocate_panels(size_t bytes);
+
+}  // namespace chandra
