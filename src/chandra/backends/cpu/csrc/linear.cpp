@@ -1,5 +1,6 @@
 #include "linear.h"
 
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 
@@ -157,6 +158,21 @@ void logits(const float* x, const int32_t* rows, int64_t n, const Norm& norm, co
       store(w, panel, at, values, out);
     });
   });
+}
+
+void probe_read(const uint8_t* p, int64_t bytes) {
+  constexpr int64_t kChunk = 1 << 20;
+  std::atomic<int32_t> sink{0};  // or the compiler leaves the reading out
+  Pool::shared().run((bytes + kChunk - 1) / kChunk, [&](int64_t task, int) {
+    sink += kernels().probe_read(p + task * kChunk, std::min(kChunk, bytes - task * kChunk));
+  });
+}
+
+int64_t probe_dot(int64_t rounds) {
+  std::atomic<int32_t> sink{0};
+  const int tasks = Pool::shared().size();
+  Pool::shared().run(tasks, [&](int64_t, int) { sink += kernels().probe_dot(rounds); });
+  return tasks * rounds * kernels().probe_ops;
 }
 
 int64_t scratch_bytes(int64_t n, int64_t columns, int64_t rows) {

@@ -39,6 +39,11 @@ void moe_add(const float* x, int64_t n, const Norm* norm, const Experts& experts
 void logits(const float* x, const int32_t* rows, int64_t n, const Norm& norm, const Linear& head, float scale,
             float softcap, float* out);
 
+// What the machine can do, with all threads of the pool: reads the memory once; does products of bytes in registers and
+// returns how many operations.
+void probe_read(const uint8_t* p, int64_t bytes);
+int64_t probe_dot(int64_t rounds);
+
 // Most bytes of scratch memory that the ops keep for n rows: `columns` of the widest input, `rows` of the widest output
 // in front of a post_norm. Each thread of the pool keeps one row and one panel besides.
 int64_t scratch_bytes(int64_t n, int64_t columns, int64_t rows);

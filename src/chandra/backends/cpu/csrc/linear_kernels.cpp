@@ -274,6 +274,37 @@ void scale_cap(float* x, int64_t n, float scale, float cap) {
   });
 }
 
+// Probes
+
+template <class S>
+int32_t probe_read(const uint8_t* p, int64_t bytes) {
+  using I = typename S::I;
+  I sums[4] = {};
+  for (int64_t i = 0; i + 256 <= bytes; i += 256) {
+    __builtin_prefetch(p + i + 4096, 0, 2);
+    for (int part = 0; part < 64 / S::lanes; ++part)
+      sums[part % 4] += S::template load<I>(p + i + 4 * S::lanes * part);
+  }
+  return S::sum(sums[0] + sums[1] + sums[2] + sums[3]);
+}
+
+constexpr int kChains = 8;  // sums that do not wait for each other
+
+template <class S>
+int32_t probe_dot(int64_t rounds) {
+  alignas(64) int8_t x[4 * 8 * kChains];
+  for (int i = 0; i < 4 * 8 * kChains; ++i) x[i] = static_cast<int8_t>(i % 15 - 7);
+  typename S::I sums[kChains] = {};
+  const typename S::B w[8] = {S::mask(1), S::mask(3), S::mask(5), S::mask(7), S::mask(2), S::mask(4), S::mask(6), S::mask(8)};
+  for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kChains; ++c) sums[c] = S::template dot<15>(sums[c], w, x + 32 * c, 8);
+  }
+  int32_t total = 0;
+  for (int c = 0; c < kChains; ++c) total += S::sum(sums[c]);
+  return total;
+}
+
 // The table
 
 template <class S, class P>
@@ -294,9 +325,9 @@ constexpr void add_float(Kernels& k, Layout layout) {
 }
 
 template <class S>
-constexpr Kernels make_kernels(Isa isa) {
+constexpr Kernels make_kernels(const char* name) {
   Kernels k{};
-  k.isa = isa;
+  k.name = name;
   add_float<S, panels::F32>(k, Layout::f32);
   add_float<S, panels::F16>(k, Layout::f16);
   add_float<S, panels::Bf16>(k, Layout::bf16);
@@ -322,18 +353,24 @@ constexpr Kernels make_kernels(Isa isa) {
   k.norm = norm<S>;
   k.activate = activate<S>;
   k.scale_cap = scale_cap<S>;
+  k.probe_read = probe_read<S>;
+  k.probe_dot = probe_dot<S>;
+  k.probe_ops = int64_t{2} * 4 * S::lanes * 8 * kChains;
   return k;
 }
+
+struct Portable : Simd<Portable, 8> {};
 
 }  // namespace
 
 #if defined(__AVX512F__)
-constinit const Kernels avx512_kernels = make_kernels<Avx512>(Isa::avx512);
+constinit const Kernels avx512_kernels = make_kernels<Avx512>("avx512");
+#elif defined(__AVXVNNI__)
+constinit const Kernels avx2_vnni_kernels = make_kernels<Avx2>("avx2 vnni");
 #elif defined(__AVX2__)
-constinit const Kernels avx2_kernels = make_kernels<Avx2>(Isa::avx2);
+constinit const Kernels avx2_kernels = make_kernels<Avx2>("avx2");
 #else
-struct Portable : Simd<Portable, 8> {};
-constinit const Kernels portable_kernels = make_kernels<Portable>(Isa::portable);
+constinit const Kernels portable_kernels = make_kernels<Portable>("portable");
 #endif
 
 }  // namespace chandra

@@ -60,7 +60,7 @@ PanelSize panel_size(Layout layout);
 using TileKernel = void (*)(const uint8_t* panel, int64_t blocks, const void* activations, float* out);
 
 struct Kernels {
-  Isa isa;
+  const char* name;
   TileKernel tile[kLayouts][kTileWidths];
   // The weights of one row of a panel, `blocks` times panel_size().columns of them.
   void (*unpack[kLayouts])(const uint8_t* panel, int64_t blocks, int row, float* out);
@@ -71,6 +71,10 @@ struct Kernels {
   void (*activate)(Activation activation, float* gate, const float* up, int64_t n);
   // x = x * scale, then cap * tanh(x / cap) unless cap is 0.
   void (*scale_cap)(float* x, int64_t n, float scale, float cap);
+  // For measuring: what the products cannot beat. Reads memory; multiplies bytes in registers.
+  int32_t (*probe_read)(const uint8_t* p, int64_t bytes);
+  int32_t (*probe_dot)(int64_t rounds);
+  int64_t probe_ops;  // additions and multiplications of one round
 };
 
 const Kernels& kernels();  // of current_isa()
@@ -78,6 +82,7 @@ const Kernels& kernels();  // of current_isa()
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)
 extern const Kernels avx2_kernels;
+extern const Kernels avx2_vnni_kernels;
 extern const Kernels avx512_kernels;
 #endif
 

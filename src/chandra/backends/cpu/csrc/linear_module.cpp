@@ -92,7 +92,7 @@ struct Handle {
                               : Weight::repacked_bytes(weight->layout(), weight->experts(), weight->rows(), weight->columns());
   }
   std::string kernel() const {
-    return std::string(isa_name(kernels().isa)) + " " + format + (weight->in_place() ? " in place" : " panels");
+    return std::string(kernels().name) + " " + format + (weight->in_place() ? " in place" : " panels");
   }
 
   std::unique_ptr<Weight> weight;
@@ -296,6 +296,15 @@ void register_linear(nb::module_& m) {
         nb::arg("post_norm").none(), nb::arg("residual"));
   m.def("logits", &bind_logits, nb::arg("x"), nb::arg("rows"), nb::arg("norm"), nb::arg("head"), nb::arg("scale"),
         nb::arg("softcap").none(), nb::arg("out"));
+  m.def("probe_read", [](nb::handle array) {
+    const Array bytes(array);
+    const auto* p = static_cast<const uint8_t*>(bytes.data());
+    const int64_t n = bytes.size() * bytes.itemsize();
+    nb::gil_scoped_release release;
+    probe_read(p, n);
+  }, nb::arg("array"), "Reads an array once with all threads: to be timed.");
+  m.def("probe_dot", &probe_dot, nb::arg("rounds"), nb::call_guard<nb::gil_scoped_release>(),
+        "Multiplies bytes in registers with all threads; returns how many operations that were: to be timed.");
   m.def("linear_scratch_bytes", &scratch_bytes, nb::arg("n"), nb::arg("columns"), nb::arg("rows"),
         "Most bytes of scratch memory that the ops on n rows keep: `columns` of the widest input, `rows` of the widest "
         "output in front of a post-norm.");

@@ -6,6 +6,7 @@
 #include "panel_simd.h"
 
 namespace chandra {
+namespace {  // Avx2 is another class with AVX-VNNI than without
 
 #if defined(__AVX512F__)
 
@@ -71,32 +72,44 @@ struct Avx2 : Simd<Avx2, 8> {
     return (F)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
   }
 
-  // vpmaddubsw adds pairs in 16 bits: values up to kTop may be added kSafe times before they must become 32 bits.
+#if defined(__AVXVNNI__)
+  template <int kTop>
+  static CHANDRA_INLINE I dot(I acc, const B* w, const int8_t* x, int n) {
+    __m256i sum = (__m256i)acc;
+    for (int i = 0; i < n; ++i) sum = _mm256_dpbusd_avx_epi32(sum, (__m256i)w[i], four(x + 4 * i));
+    return (I)sum;
+  }
+#else
+  // vpmaddubsw adds pairs in 16 bits: values up to kTop may be added kSafe times before they must become 32 bits. Of
+  // values with 8 bits the top one goes apart, since not even one pair of products would fit.
   template <int kTop>
   static CHANDRA_INLINE I dot(I acc, const B* w, const int8_t* x, int n) {
     constexpr int kSafe = 32767 / (2 * 127 * (kTop < 128 ? kTop : 127));
     const __m256i ones = _mm256_set1_epi16(1);
-    __m256i sum = (__m256i)acc, narrow = _mm256_setzero_si256();
+    __m256i sum = (__m256i)acc, narrow = _mm256_setzero_si256(), tops = _mm256_setzero_si256();
     for (int i = 0; i < n; ++i) {
-      int32_t four;
-      std::memcpy(&four, x + 4 * i, 4);
-      const __m256i xs = _mm256_set1_epi32(four);
-      if constexpr (kTop < 128) {
-        narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16((__m256i)w[i], xs));
-        if ((i + 1) % kSafe && i + 1 < n) continue;
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(narrow, ones));
-        narrow = _mm256_setzero_si256();
-      } else {  // the top bit apart, since two products of 8 unsigned bits do not fit
-        const __m256i low = _mm256_maddubs_epi16((__m256i)field(w[i], 0, 127), xs);
-        const __m256i top = _mm256_maddubs_epi16((__m256i)field(w[i], 7, 1), xs);
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(low, ones));
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(top, _mm256_set1_epi16(128)));
-      }
+      const __m256i xs = four(x + 4 * i);
+      const __m256i low = (__m256i)(kTop < 128 ? w[i] : field(w[i], 0, 127));
+      if constexpr (kTop >= 128) tops = _mm256_add_epi16(tops, _mm256_maddubs_epi16((__m256i)field(w[i], 7, 1), xs));
+      narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(low, xs));
+      if ((i + 1) % kSafe && i + 1 < n) continue;
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(narrow, ones));
+      narrow = _mm256_setzero_si256();
     }
+    if constexpr (kTop >= 128) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(tops, _mm256_set1_epi16(128)));
     return (I)sum;
+  }
+#endif
+
+ private:
+  static CHANDRA_INLINE __m256i four(const int8_t* x) {
+    int32_t bytes;
+    std::memcpy(&bytes, x, 4);
+    return _mm256_set1_epi32(bytes);
   }
 };
 
 #endif
 
+}  // namespace
 }  // namespace chandra

@@ -1,5 +1,9 @@
 #include "weight.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -24,12 +28,20 @@ constexpr std::array<std::pair<std::string_view, Layout>, 22> kFormats{{
     {"int4-g64", Layout::int4_g64}, {"int4-g128", Layout::int4_g128},
 }};
 
+#if defined(__x86_64__)
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 4 & 1;
+}
+#endif
+
 }  // namespace
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
   if (current_isa() == Isa::avx512) return avx512_kernels;
-  if (current_isa() == Isa::avx2) return avx2_kernels;
+  static const Kernels& avx2 = has_avx_vnni() ? avx2_vnni_kernels : avx2_kernels;
+  if (current_isa() == Isa::avx2) return avx2;
 #endif
   return portable_kernels;
 }
