@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from chandra.models.arch import ARCHS
 from chandra.models.decoder import Backends, Decoder, workspace_bytes
-from chandra.models.loader import load_decoder, loaded_bytes
+from chandra.models.loader import load_decoder, stored_formats
 from chandra.models.metadata import read_spec, spec_from_config
 from chandra.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RopeSpec, TensorSpec
 from chandra.models.tensors import Source, find_sources, tensor_table
@@ -22,9 +22,9 @@ __all__ = [
     "TensorSpec",
     "find_sources",
     "load_decoder",
-    "loaded_bytes",
     "read_spec",
     "spec_from_config",
+    "stored_formats",
     "tensor_table",
     "workspace_bytes",
 ]

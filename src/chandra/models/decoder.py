@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,33 +51,20 @@ def layer_width(layer: LayerSpec) -> int:
     return attention + ff if layer.parallel else max(attention, ff)
 
 
-def workspace_bytes(spec: ModelSpec, layers: Sequence[int], max_rows: int, max_logit_rows: int = 0) -> int:
-    """Bytes the decoder allocates on a device for these layers, batches of up to `max_rows` tokens and (on the device
-    of the head) `max_logit_rows` rows of logits. Nothing is allocated."""
-    return FLOAT * (max_rows * spec.hidden_size + _scratch_size(spec, layers, max_rows, max_logit_rows))
-
-
-def _scratch_size(spec: ModelSpec, layers: Sequence[int], max_rows: int, max_logit_rows: int) -> int:
-    width = max((layer_width(spec.layers[i]) for i in layers), default=0)
-    return max(max_rows * width, max_logit_rows * spec.vocab_size)
+def workspace_bytes(spec: ModelSpec, *, layers: bool, head: bool, max_rows: int, max_logit_rows: int) -> int:
+    """Bytes the decoder allocates on a device that computes layers, the head, both or (neither) the embedding, for
+    batches of up to `max_rows` tokens, `max_logit_rows` of which have their logits wanted. Nothing is allocated."""
+    width = max(map(layer_width, spec.layers)) if layers else 0
+    scratch = max(max_rows * width, max_logit_rows * spec.vocab_size if head else 0)
+    return FLOAT * (max_rows * spec.hidden_size + scratch)
 
 
 class Workspace:
     """The decoder's buffers on one backend: the hidden state, and scratch that layers and logits use in turn."""
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        backend: Backend,
-        layers: Sequence[int],
-        max_rows: int,
-        max_logit_rows: int,
-        ledger: Ledger,
-    ) -> None:
-        nbytes = workspace_bytes(spec, layers, max_rows, max_logit_rows)
-        self.reservation: Reservation = ledger.reserve(backend.device.name, Kind.WORKSPACE, nbytes)
-        self.hidden = backend.empty((max_rows, spec.hidden_size), "float32")
-        self._scratch = backend.empty((_scratch_size(spec, layers, max_rows, max_logit_rows),), "float32")
+    def __init__(self, backend: Backend, nbytes: int, max_rows: int, hidden_size: int) -> None:
+        self.hidden = backend.empty((max_rows, hidden_size), "float32")
+        self._scratch = backend.empty((nbytes // FLOAT - max_rows * hidden_size,), "float32")
         self._rows = -1
         self._views: dict[tuple[tuple[int, int], ...], list[Array]] = {}
 
@@ -160,23 +147,35 @@ class Decoder:
         ledger: Ledger,
         max_rows: int,
         max_logit_rows: int,
-        weights: Sequence[Reservation] = (),
+        reservations: Iterable[Reservation],
     ) -> None:
         self.spec, self.backends = spec, backends
         self.embedding, self.layers, self.norm, self.head = embedding, tuple(layers), norm, head
         self.max_rows, self.max_logit_rows = max_rows, max_logit_rows
-        self._reservations = list(weights)
+        self._reservations = list(reservations)
         self._workspaces: dict[int, Workspace] = {}
-        for backend in backends.distinct():
-            held = [i for i, b in enumerate(backends.layers) if b is backend]
-            logit_rows = max_logit_rows if backend is backends.head else 0
-            workspace = Workspace(spec, backend, held, max_rows, logit_rows, ledger)
-            self._workspaces[id(backend)] = workspace
-            self._reservations.append(workspace.reservation)
+        try:
+            self._allocate(ledger)
+        except BaseException:
+            self.close()
+            raise
         self._steps = [
             (layer, layer.places, backend, self._workspaces[id(backend)])
             for layer, backend in zip(self.layers, backends.layers, strict=True)
         ]
+
+    def _allocate(self, ledger: Ledger) -> None:
+        spec, backends, max_rows = self.spec, self.backends, self.max_rows
+        for backend in backends.distinct():
+            nbytes = workspace_bytes(
+                spec,
+                layers=backend in backends.layers,
+                head=backend is backends.head,
+                max_rows=max_rows,
+                max_logit_rows=self.max_logit_rows,
+            )
+            self._reservations.append(ledger.reserve(backend.device.name, Kind.WORKSPACE, nbytes))
+            self._workspaces[id(backend)] = Workspace(backend, nbytes, max_rows, spec.hidden_size)
 
     def forward(self, batch: ForwardBatch, kv: KVView) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Run one batch: its keys and values are added to the cache; returns the logits of `batch.logit_rows`.

@@ -169,7 +169,7 @@ class Facts:
 
     def model(self, arch: str, layers: Sequence[LayerSpec], *, tied: bool = False, **changes: Any) -> ModelSpec:
         """The whole model. `tied` is what the architecture does when the file does not say."""
-        eps = self.number("rms_norm_eps", 1e-6)
+        eps = self.number("rms_norm_eps", self.get("layer_norm_epsilon"))
         if eps >= 1:
             raise absurd("rms_norm_eps", eps, "it must be below 1")
         spec = ModelSpec(

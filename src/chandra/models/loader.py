@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,31 +39,26 @@ def load_decoder(
     device has no room; nothing stays reserved then.
     """
     sources = find_sources(spec, checkpoint)
-    loading = _Loading(checkpoint, spec, backends, ledger, context_length, formats or {})
-    total, done = sum(loaded_bytes(source, checkpoint, formats) for source in sources), 0
+    wanted = stored_formats(sources, checkpoint) | dict(formats or {})
+    loading = _Loading(checkpoint, spec, backends, ledger, context_length)
+    sizes = [get_format(wanted[source.tensor.name]).nbytes(source.tensor.shape) for source in sources]
     try:
-        for source in sources:
-            loading.load(source)
-            done += loaded_bytes(source, checkpoint, formats)
+        for i, source in enumerate(sources):
+            loading.load(source, get_format(wanted[source.tensor.name]), sizes[i])
             if progress is not None:
-                progress(done, total)
+                progress(sum(sizes[: i + 1]), sum(sizes))
         return loading.decoder(max_rows, max_logit_rows)
     except BaseException:
         loading.release()
         raise
 
 
-def loaded_bytes(source: Source, checkpoint: Checkpoint, formats: Mapping[str, str] | None = None) -> int:
-    """Bytes a tensor takes once loaded (before a backend repacks it): the planner and the loader share this figure."""
-    form = _format(source, checkpoint, formats or {})
-    return form.nbytes(source.tensor.shape) if form else 4 * math.prod(source.tensor.shape)
-
-
-def _format(source: Source, checkpoint: Checkpoint, formats: Mapping[str, str]) -> Format | None:
-    """The format a tensor is loaded in; None: as float32 values."""
-    if not source.tensor.packable:
-        return None
-    return get_format(formats.get(source.tensor.name) or checkpoint.tensors[source.names[0]].format)
+def stored_formats(sources: Iterable[Source], checkpoint: Checkpoint) -> dict[str, str]:
+    """The format in which each tensor of the table is loaded, if it is not converted."""
+    return {
+        source.tensor.name: checkpoint.tensors[source.names[0]].format if source.tensor.packable else "F32"
+        for source in sources
+    }
 
 
 class _Loading:
@@ -77,10 +71,9 @@ class _Loading:
         backends: Backends,
         ledger: Ledger,
         context_length: int,
-        formats: Mapping[str, str],
     ) -> None:
         self.checkpoint, self.spec, self.backends, self.ledger = checkpoint, spec, backends, ledger
-        self.context_length, self.formats = context_length, formats
+        self.context_length = context_length
         self.loaded: dict[str, Any] = {}  # Weight, or float32 arrays of the backend
         self.ropes: dict[tuple[RopeSpec, int], RopeParams] = {}
         self.reservations: dict[str, Reservation] = {}
@@ -89,21 +82,20 @@ class _Loading:
         for reservation in self.reservations.values():
             reservation.release()
 
-    def load(self, source: Source) -> None:
+    def load(self, source: Source, form: Format, nbytes: int) -> None:
         name = source.tensor.name
         targets = {name: self._backend(source)}
         if name == EMBEDDING and self.spec.tied_embeddings and self.backends.head is not self.backends.embedding:
             targets[HEAD] = self.backends.head
-        nbytes = loaded_bytes(source, self.checkpoint, self.formats)
         for backend in targets.values():
             self._reserve(backend, nbytes)
-        weight = self._read(source)
+        weight = self._read(source, form)
         for key, backend in targets.items():
             if source.tensor.packable or source.tensor.role == "router":
                 self.loaded[key] = backend.load_weight(weight)
                 self._reserve(backend, self.loaded[key].nbytes - nbytes)
             else:
-                self.loaded[key] = backend.upload(floats(weight, name) + np.float32(source.offset))
+                self.loaded[key] = backend.upload(weight.parts["data"].view(np.float32))
         for stored in source.names:
             self.checkpoint.release(stored)
 
@@ -118,16 +110,15 @@ class _Loading:
             self.reservations[name] = self.ledger.reserve(name, Kind.WEIGHTS, 0)
         self.reservations[name].resize(self.reservations[name].nbytes + nbytes)
 
-    def _read(self, source: Source) -> PackedWeight:
+    def _read(self, source: Source, form: Format) -> PackedWeight:
+        if not source.tensor.packable:
+            values = floats(self.checkpoint.read(source.names[0]), source.tensor.name) + np.float32(source.offset)
+            if source.rows:
+                values = np.concatenate([values[start:stop] for start, stop in source.rows])
+            return PackedWeight(form, source.tensor.shape, {"data": values.view(np.uint8)})
         stored = [take_rows(self.checkpoint.read(name), source.rows) for name in source.names]
         weight = stored[0] if len(stored) == 1 else concatenate(stored, source.tensor.shape)
-        form = _format(source, self.checkpoint, self.formats) or get_format("F32")
-        if source.tensor.packable and form.name != weight.format.name:
-            return convert(weight, form)
-        if source.tensor.role == "router":
-            values = floats(weight, source.tensor.name)
-            return PackedWeight(form, weight.shape, {"data": values.view(np.uint8)})
-        return weight
+        return weight if form.name == weight.format.name else convert(weight, form)
 
     def decoder(self, max_rows: int, max_logit_rows: int) -> Decoder:
         loaded, backends = self.loaded, self.backends

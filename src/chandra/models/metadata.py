@@ -98,8 +98,8 @@ def _hf(checkpoint: Checkpoint) -> tuple[Arch, Facts]:
 def _gguf(checkpoint: Checkpoint) -> tuple[Arch, Facts]:
     metadata, tensors = checkpoint.metadata, checkpoint.tensors
     name = metadata.get("general.architecture")
-    values = {hf: _uniform(key, metadata.get(f"{name}.{key}")) for key, hf in GGUF_KEYS.items()}
-    values = {key: value for key, value in values.items() if value is not None}
+    stored = {key: metadata[f"{name}.{key}"] for key in GGUF_KEYS if f"{name}.{key}" in metadata}
+    values = {GGUF_KEYS[key]: _uniform(key, value) for key, value in stored.items()}
     arch = arch_of_gguf(name, experts=bool(values.get("num_experts")))
     scaling = {hf: metadata.get(f"{name}.rope.scaling.{key}") for key, hf in GGUF_ROPE_SCALING.items()}
     if scaling["rope_type"] != "longrope":

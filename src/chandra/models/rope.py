@@ -61,7 +61,7 @@ def _yarn(rope: RopeSpec, plain: Floats) -> Floats:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.rotary_dim - 1)
-    interpolate = np.clip((np.arange(len(plain)) - low) / max(high - low, 1e-3), 0, 1)
+    interpolate: Floats = np.clip((np.arange(len(plain)) - low) / max(high - low, 1e-3), 0, 1)
     return plain * (1 - interpolate + interpolate / rope.factor)
 
 

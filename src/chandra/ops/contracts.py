@@ -193,7 +193,7 @@ class Backend(ABC):
 
     @abstractmethod
     def moe_add(self, x: Array, norm: Norm | None, experts: Experts, post_norm: Norm | None, residual: Array) -> None:
-        """residual `(n, hidden)` += post_norm(sum of the chosen experts of norm(x))."""
+        """residual `(n, hidden)` += post_norm(sum of the chosen experts of norm(x)). x may be the residual itself."""
 
     @abstractmethod
     def attention(

@@ -24,8 +24,7 @@ def build(facts: Facts) -> ModelSpec:
     size = facts.integer("intermediate_size", facts.integer("ffn_hidden_size", 4 * facts.hidden_size))
     mlp = facts.mlp(intermediate_size=size, gated=False, bias=bias)
     layer = LayerSpec(attention, mlp, parallel=parallel, mlp_norm=two_norms)
-    eps = facts.number("rms_norm_eps", facts.number("layer_norm_epsilon", 1e-5))
-    return facts.model("falcon", [layer] * facts.num_layers, tied=True, norm_kind="layer", norm_eps=eps)
+    return facts.model("falcon", [layer] * facts.num_layers, tied=True, norm_kind="layer")
 
 
 ARCH = Arch(
