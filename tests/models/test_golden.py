@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from model_kit import MemoryCheckpoint, load, run_stepwise, run_whole
-from tiny_models import TINY, litgpt, packed, write_gguf, write_hf
+from tiny_models import TINY, packed, write_gguf, write_hf, write_litgpt
 
 from chandra.checkpoint import open_checkpoint
 from chandra.models import read_spec
@@ -42,9 +41,8 @@ def check(name: str, checkpoint: Any, backend: Backend) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_hugging_face(name: str, backend: Backend, tmp_path: Path) -> None:
-    tensors = write_hf(expected(name)[0], tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    check(name, MemoryCheckpoint("hf", config, {n: packed(array) for n, array in tensors.items()}), backend)
+    write_hf(expected(name)[0], tmp_path)
+    check(name, open_checkpoint(tmp_path), backend)
 
 
 @pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if tiny.gguf])
@@ -57,4 +55,25 @@ def test_gguf(name: str, backend: Backend, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name, tiny in TINY.items() if tiny.litgpt])
 def test_litgpt(name: str, backend: Backend, tmp_path: Path) -> None:
     model = expected(name)[0]
-    check(name, MemoryCheckpoint("litgpt", *litgpt(TINY[name], model, write_hf(model, tmp_path))), backend)
+    write_litgpt(TINY[name], model, write_hf(model, tmp_path / "hf"), tmp_path)
+    check(name, open_checkpoint(tmp_path), backend)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3moe"])
+def test_experts_saved_in_one_tensor(name: str, backend: Backend) -> None:
+    model = expected(name)[0]
+    weights = {key: packed(value.numpy()) for key, value in model.state_dict().items()}
+    assert any(key.endswith("experts.gate_up_proj") for key in weights)
+    check(name, MemoryCheckpoint("hf", model.config.to_dict(), weights), backend)
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "bf16", "q8_0", "q4_0"])
+def test_cache_types(kv_type: str, backend: Backend, tmp_path: Path) -> None:
+    model, sequences, logits = expected("llama-head-32")
+    write_hf(model, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    decoder = load(checkpoint, read_spec(checkpoint), backend)
+    whole, steps = (run(decoder, backend, sequences, kv_type) for run in (run_whole, run_stepwise))
+    np.testing.assert_allclose(whole, steps, atol=1e-4, rtol=0)
+    error = np.sqrt(np.mean((whole - logits) ** 2) / np.mean(logits**2))
+    assert 1e-6 < error < {"f16": 1e-3, "bf16": 6e-3, "q8_0": 0.03, "q4_0": 0.4}[kv_type]

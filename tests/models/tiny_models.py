@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import torch
 import transformers
+import yaml
 
 from chandra.quant import PackedWeight, get_format
 
@@ -86,6 +87,7 @@ _POST = {"post_attention_norm": True, "post_mlp_norm": True}
 TINY: dict[str, Tiny] = {
     "llama": Tiny("Llama", {}, "llama", _LLAMA_MLP),
     "llama-mha-tied": Tiny("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}, "llama"),
+    "llama-head-32": Tiny("Llama", {"head_dim": 32}),
     "llama-biases": Tiny("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-linear": Tiny(
         "Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}, "llama"
@@ -319,8 +321,9 @@ _LITGPT = (
 )
 
 
-def litgpt(tiny: Tiny, model: Any, tensors: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, PackedWeight]]:
-    """Configuration and weights as Lit-GPT's converter makes them."""
+def write_litgpt(tiny: Tiny, model: Any, tensors: dict[str, np.ndarray], folder: Path) -> None:
+    """Write configuration and weights as Lit-GPT's converter does."""
+    assert tiny.litgpt is not None
     c = model.config
     falcon = tiny.config == "Falcon"
     kv_heads = (c.num_kv_heads if c.new_decoder_architecture else 1) if falcon else c.num_key_value_heads
@@ -351,7 +354,8 @@ def litgpt(tiny: Tiny, model: Any, tensors: dict[str, np.ndarray]) -> tuple[dict
         elif "k_proj" not in name and "v_proj" not in name:
             out[_renamed(name, c)] = array
     out.setdefault("lm_head.weight", out["transformer.wte.weight"])
-    return {**config, **tiny.litgpt}, {name: packed(array) for name, array in out.items()}
+    (folder / "model_config.yaml").write_text(yaml.safe_dump({**config, **tiny.litgpt}))
+    torch.save({name: torch.from_numpy(array) for name, array in out.items()}, folder / "lit_model.pth")
 
 
 def _renamed(name: str, config: Any) -> str:

@@ -2,69 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from chandra.checkpoint.base import Checkpoint
-from chandra.errors import CheckpointError, UnsupportedError
+from chandra.errors import UnsupportedError
 from chandra.models.arch import Arch, arch_of_gguf, arch_of_model_type
-from chandra.models.facts import Facts, absurd
+from chandra.models.facts import Facts
 from chandra.models.spec import ModelSpec
+from chandra.models.transforms import floats
 
 # GGUF keys (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), without the architecture they begin with
 GGUF_KEYS = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.layer_norm_epsilon": "rms_norm_eps",
-    "attention.sliding_window": "sliding_window",
-    "attention.sliding_window_pattern": "sliding_window_pattern",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-    "vocab_size": "vocab_size",
-    "rope.dimension_count": "rotary_dim",
-    "rope.freq_base": "rope_theta",
-    "rope.freq_base_swa": "rope_local_base_freq",
-    "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_tok",
+    **{"block_count": "num_hidden_layers", "context_length": "max_position_embeddings", "vocab_size": "vocab_size"},
+    **{"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size"},
+    **{"attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads"},
+    **{"attention.key_length": "head_dim", "attention.sliding_window": "sliding_window"},
+    **{"attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.layer_norm_epsilon": "rms_norm_eps"},
+    **{"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"},
+    **{"rope.dimension_count": "rotary_dim", "rope.freq_base": "rope_theta"},
+    **{"rope.freq_base_swa": "rope_local_base_freq", "attention.sliding_window_pattern": "sliding_window_pattern"},
+    **{"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"},
     "expert_feed_forward_length": "moe_intermediate_size",
 }
 GGUF_ROPE_SCALING = {
-    "type": "rope_type",
-    "factor": "factor",
-    "original_context_length": "original_max_position_embeddings",
-    "attn_factor": "attention_factor",
-    "yarn_beta_fast": "beta_fast",
-    "yarn_beta_slow": "beta_slow",
+    **{"type": "rope_type", "factor": "factor", "attn_factor": "attention_factor"},
+    **{"original_context_length": "original_max_position_embeddings"},
+    **{"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"},
+}
+GGUF_ROPE_TENSORS = {
+    **{"rope_freqs.weight": "freq_factors", "rope_factors_short.weight": "short_factor"},
+    "rope_factors_long.weight": "long_factor",
 }
 LITGPT_KEYS = {
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_query_groups": "num_key_value_heads",
-    "n_embd": "hidden_size",
-    "head_size": "head_dim",
-    "intermediate_size": "intermediate_size",
-    "moe_intermediate_size": "moe_intermediate_size",
-    "block_size": "max_position_embeddings",
-    "padded_vocab_size": "vocab_size",
-    "norm_eps": "rms_norm_eps",
-    "rope_base": "rope_theta",
-    "rope_local_base_freq": "rope_local_base_freq",
-    "rotary_percentage": "partial_rotary_factor",
-    "sliding_window_size": "sliding_window",
-    "attention_scores_scalar": "query_pre_attn_scalar",
+    **{"n_layer": "num_hidden_layers", "n_embd": "hidden_size", "padded_vocab_size": "vocab_size"},
+    **{"n_head": "num_attention_heads", "n_query_groups": "num_key_value_heads", "head_size": "head_dim"},
+    **{"intermediate_size": "intermediate_size", "moe_intermediate_size": "moe_intermediate_size"},
+    **{"n_expert": "num_experts", "n_expert_per_token": "num_experts_per_tok"},
+    **{"block_size": "max_position_embeddings", "norm_eps": "rms_norm_eps", "bias": "mlp_bias"},
+    **{"rope_base": "rope_theta", "rotary_percentage": "partial_rotary_factor"},
+    **{"rope_local_base_freq": "rope_local_base_freq", "sliding_window_size": "sliding_window"},
+    **{"attention_scores_scalar": "query_pre_attn_scalar", "final_logit_softcapping": "final_logit_softcapping"},
     "attention_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-    "n_expert": "num_experts",
-    "n_expert_per_token": "num_experts_per_tok",
-    "bias": "mlp_bias",
 }
 
 
@@ -99,25 +80,25 @@ def _gguf(checkpoint: Checkpoint) -> tuple[Arch, Facts]:
     metadata, tensors = checkpoint.metadata, checkpoint.tensors
     name = metadata.get("general.architecture")
     stored = {key: metadata[f"{name}.{key}"] for key in GGUF_KEYS if f"{name}.{key}" in metadata}
+    pattern = stored.pop("attention.sliding_window_pattern", None)
     values = {GGUF_KEYS[key]: _uniform(key, value) for key, value in stored.items()}
+    if isinstance(pattern, list | np.ndarray):
+        values["layer_types"] = layer_types(pattern)
+    else:
+        values["sliding_window_pattern"] = pattern
     arch = arch_of_gguf(name, experts=bool(values.get("num_experts")))
     scaling = {hf: metadata.get(f"{name}.rope.scaling.{key}") for key, hf in GGUF_ROPE_SCALING.items()}
     if scaling["rope_type"] != "longrope":
         del scaling["attention_factor"]  # here it is a factor on top of the scaling's own
     values["rope_scaling"] = scaling
-    for tensor, key in (
-        ("rope_freqs.weight", "freq_factors"),
-        ("rope_factors_short.weight", "short_factor"),
-        ("rope_factors_long.weight", "long_factor"),
-    ):
+    for tensor, key in GGUF_ROPE_TENSORS.items():
         if tensor in tensors:
-            values[key] = checkpoint.read(tensor).parts["data"].view(np.float32).tolist()
+            values[key] = floats(checkpoint.read(tensor), tensor).tolist()
     if "short_factor" in values:
         scaling["rope_type"] = "longrope"
-    if "vocab_size" not in values:
-        values["vocab_size"] = len(metadata.get("tokenizer.ggml.tokens") or ()) or _rows(
-            checkpoint, "token_embd.weight"
-        )
+    tokens, embedding = metadata.get("tokenizer.ggml.tokens"), tensors.get("token_embd.weight")
+    counted = tokens if isinstance(tokens, Sequence) else range(embedding.shape[0] if embedding else 0)
+    values.setdefault("vocab_size", len(counted))
     values["rope_interleaved"] = name == "llama"
     values["attention_bias"] = "blk.0.attn_q.bias" in tensors
     values["bias"] = "blk.0.ffn_up.bias" in tensors
@@ -131,16 +112,14 @@ def _uniform(key: str, value: Any) -> Any:
     """A value that GGUF may give per layer: the one that all layers share."""
     if not isinstance(value, list | tuple | np.ndarray):
         return value
-    distinct = set(np.asarray(value).tolist())
+    distinct = set(np.ravel(value).tolist())
     if len(distinct) != 1:
         raise UnsupportedError(f"{key} differs between the layers of this model", "use a model with uniform layers")
     return distinct.pop()
 
 
-def _rows(checkpoint: Checkpoint, name: str) -> int:
-    if name not in checkpoint.tensors:
-        raise CheckpointError(f"the tensor {name} is missing", "the file is incomplete: fetch it again")
-    return checkpoint.tensors[name].shape[0]
+def layer_types(slides: Iterable[object]) -> list[str]:
+    return ["sliding_attention" if slid else "full_attention" for slid in slides]
 
 
 def _litgpt(checkpoint: Checkpoint) -> tuple[Arch, Facts]:
@@ -150,18 +129,17 @@ def _litgpt(checkpoint: Checkpoint) -> tuple[Arch, Facts]:
     values["attention_bias"] = values["bias"] = config.get("bias")
     values["num_ln_in_parallel_attn"] = 1 if config.get("shared_attention_norm") else 2
     values["norm_topk_prob"] = True
-    scaling = dict(config.get("rope_adjustments") or {})
-    if scaling:
+    scaling: dict[str, Any] = {}
+    if isinstance(given := config.get("rope_adjustments"), Mapping):
+        scaling = dict(given)
         scaling["original_max_position_embeddings"] = scaling.pop("original_max_seq_len", None)
         kinds = {"low_freq_factor": "llama3", "beta_fast": "yarn"}
         scaling["rope_type"] = next((kind for key, kind in kinds.items() if key in scaling), "linear")
     elif (condense := config.get("rope_condense_ratio", 1)) != 1:
         scaling = {"rope_type": "linear", "factor": condense}
     values["rope_scaling"] = scaling
-    if (sliding := config.get("sliding_window_indices")) is not None:
-        if not isinstance(sliding, list):
-            raise absurd("sliding_window_indices", sliding, "a list is expected")
-        values["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in sliding]
+    if isinstance(sliding := config.get("sliding_window_indices"), list):
+        values["layer_types"] = layer_types(sliding)
     return arch_of_model_type(model_type), Facts(values, has_head="lm_head.weight" in checkpoint.tensors)
 
 

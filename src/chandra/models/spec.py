@@ -10,6 +10,7 @@ from typing import Literal
 
 from chandra.ops.contracts import Activation
 
+RopeKind = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 Role = Literal["embedding", "head", "norm", "attention", "mlp", "router", "experts"]
 
 
@@ -23,7 +24,7 @@ class RopeSpec:
     theta: float
     rotary_dim: int
     interleaved: bool = False
-    kind: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = "none"
+    kind: RopeKind = "none"
     factor: float = 1.0
     original_max_position: int | None = None
     low_freq_factor: float = 1.0

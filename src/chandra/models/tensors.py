@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from chandra.checkpoint.base import Checkpoint
+from chandra.checkpoint.base import Checkpoint, TensorInfo
 from chandra.errors import CheckpointError
 from chandra.models.arch import ARCHS, Name, NameTable
-from chandra.models.spec import AttentionSpec, LayerSpec, ModelSpec, Role, TensorSpec
+from chandra.models.spec import LayerSpec, ModelSpec, Role, TensorSpec
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -65,77 +65,49 @@ def _norm(spec: ModelSpec, name: str, width: int, layer: int | None) -> Iterator
         yield TensorSpec(name + ".bias", (width,), "norm", layer, packable=False)
 
 
-def _names(prefix: str, table: Mapping[str, str]) -> NameTable:
+def _names(prefix: str, table: Mapping[str, str]) -> dict[str, tuple[Name, ...]]:
     return {key: tuple(Name(prefix + name) for name in names.split()) for key, names in table.items()}
-
-
-def _fused(base: str, *parts: str) -> NameTable:
-    return {f"{'self_attn' if part in 'qkv' else 'mlp'}.{part}_proj": (Name(base, part),) for part in parts}
 
 
 _EXPERTS = "model.layers.{i}.mlp.experts."
 # By the name of the table above, less its suffix and `model.layers.{i}.`; the first that the file has is taken.
 # `post_attention_norm` is `post_attention_layernorm` where it really is a norm after attention.
-NAMES: dict[str, NameTable] = {
-    "hf": {
-        "mlp.experts.gate_proj": (Name(_EXPERTS + "{e}.gate_proj"), Name(_EXPERTS + "gate_up_proj", "gate", bare=True)),
-        "mlp.experts.up_proj": (Name(_EXPERTS + "{e}.up_proj"), Name(_EXPERTS + "gate_up_proj", "up", bare=True)),
-        "mlp.experts.down_proj": (Name(_EXPERTS + "{e}.down_proj"), Name(_EXPERTS + "down_proj", bare=True)),
-        "post_attention_norm": (Name("model.layers.{i}.post_attention_layernorm"),),
+_HF = {
+    "mlp.experts.gate_proj": (Name(_EXPERTS + "{e}.gate_proj"), Name(_EXPERTS + "gate_up_proj", "gate", bare=True)),
+    "mlp.experts.up_proj": (Name(_EXPERTS + "{e}.up_proj"), Name(_EXPERTS + "gate_up_proj", "up", bare=True)),
+    "mlp.experts.down_proj": (Name(_EXPERTS + "{e}.down_proj"), Name(_EXPERTS + "down_proj", bare=True)),
+    "post_attention_norm": (Name("model.layers.{i}.post_attention_layernorm"),),
+}
+_GGUF = _names("", {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}) | _names(
+    "blk.{i}.",
+    {
+        **{"input_layernorm": "attn_norm", "post_attention_norm": "post_attention_norm"},
+        **{"post_attention_layernorm": "ffn_norm", "pre_feedforward_layernorm": "ffn_norm"},
+        **{"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "self_attn.o_proj": "attn_output"},
+        **{"post_feedforward_layernorm": "post_ffw_norm", "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp"},
+        **{f"mlp.experts.{x}_proj": f"ffn_{x}_exps ffn_{x}.{{e}}" for x in ("gate", "up", "down")},
     },
+)
+_LITGPT = _names("", {"model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f"}) | _names(
+    "transformer.h.{i}.",
+    {
+        **{"input_layernorm": "norm_1", "post_attention_norm": "post_attention_norm"},
+        **{"post_attention_layernorm": "norm_2", "pre_feedforward_layernorm": "norm_2"},
+        **{"self_attn.q_norm": "attn.norm_q", "self_attn.k_norm": "attn.norm_k", "self_attn.o_proj": "attn.proj"},
+        **{"post_feedforward_layernorm": "post_mlp_norm", "mlp.down_proj": "mlp.proj", "mlp.gate": "mlp.gate"},
+        **{"mlp.gate_proj": "mlp.fc_1", "mlp.up_proj": "mlp.fc_2 mlp.fc"},
+        **{"mlp.experts.gate_proj": "mlp.experts.{e}.fc_1", "mlp.experts.up_proj": "mlp.experts.{e}.fc_2"},
+        "mlp.experts.down_proj": "mlp.experts.{e}.proj",
+    },
+)
+NAMES: dict[str, NameTable] = {
+    "hf": _HF,
     "gguf": {
-        **_names("", {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}),
-        **_names(
-            "blk.{i}.",
-            {
-                "input_layernorm": "attn_norm",
-                "self_attn.o_proj": "attn_output",
-                "self_attn.q_norm": "attn_q_norm",
-                "self_attn.k_norm": "attn_k_norm",
-                "post_attention_norm": "post_attention_norm",
-                "post_attention_layernorm": "ffn_norm",
-                "pre_feedforward_layernorm": "ffn_norm",
-                "post_feedforward_layernorm": "post_ffw_norm",
-                "mlp.down_proj": "ffn_down",
-                "mlp.gate": "ffn_gate_inp",
-                "mlp.experts.gate_proj": "ffn_gate_exps ffn_gate.{e}",
-                "mlp.experts.up_proj": "ffn_up_exps ffn_up.{e}",
-                "mlp.experts.down_proj": "ffn_down_exps ffn_down.{e}",
-            },
-        ),
+        **_GGUF,
         **{f"self_attn.{x}_proj": (Name(f"blk.{{i}}.attn_{x}"), Name("blk.{i}.attn_qkv", x)) for x in "qkv"},
         **{f"mlp.{x}_proj": (Name(f"blk.{{i}}.ffn_{x}"), Name("blk.{i}.ffn_up", x)) for x in ("gate", "up")},
     },
-    "litgpt": {
-        **_names("", {"model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f", "lm_head": "lm_head"}),
-        **_names(
-            "transformer.h.{i}.",
-            {
-                "input_layernorm": "norm_1",
-                "self_attn.o_proj": "attn.proj",
-                "self_attn.q_norm": "attn.norm_q",
-                "self_attn.k_norm": "attn.norm_k",
-                "post_attention_norm": "post_attention_norm",
-                "post_attention_layernorm": "norm_2",
-                "pre_feedforward_layernorm": "norm_2",
-                "post_feedforward_layernorm": "post_mlp_norm",
-                "mlp.gate_proj": "mlp.fc_1",
-                "mlp.up_proj": "mlp.fc_2 mlp.fc",
-                "mlp.down_proj": "mlp.proj",
-                "mlp.gate": "mlp.gate",
-                "mlp.experts.gate_proj": "mlp.experts.{e}.fc_1",
-                "mlp.experts.up_proj": "mlp.experts.{e}.fc_2",
-                "mlp.experts.down_proj": "mlp.experts.{e}.proj",
-            },
-        ),
-        **{
-            f"self_attn.{x}_proj": (
-                Name("transformer.h.{i}.attn.qkv", x),
-                Name("transformer.h.{i}.attn.attn", x, grouped=True),  # before version 0.5
-            )
-            for x in "qkv"
-        },
-    },
+    "litgpt": {**_LITGPT, **{f"self_attn.{x}_proj": (Name("transformer.h.{i}.attn.qkv", x),) for x in "qkv"}},
 }
 PREFIXES = ("model.", "model.language_model.", "language_model.model.", "")
 
@@ -173,36 +145,31 @@ def find_sources(spec: ModelSpec, checkpoint: Checkpoint) -> tuple[Source, ...]:
 def _find(spec: ModelSpec, tensor: TensorSpec, checkpoint: Checkpoint) -> Source | str:
     """The source, or what is wrong."""
     arch, kind, stored = ARCHS[spec.arch], checkpoint.kind, checkpoint.tensors
-    key, suffix = tensor.name.rsplit(".", 1)
+    base, suffix = tensor.name.rsplit(".", 1)
     layer = None if tensor.layer is None else spec.layers[tensor.layer]
-    if layer is not None:
-        key = key.split(".", 3)[3]
-        if layer.post_norms and key == "post_attention_layernorm":
-            key = "post_attention_norm"
-    default = NAMES[kind].get(key) or (Name(tensor.name.rsplit(".", 1)[0]),)
+    key = base if layer is None else base.split(".", 3)[3]
+    if layer and layer.post_norms and key == "post_attention_layernorm":
+        key = "post_attention_norm"
     offset = 1.0 if arch.unit_offset and kind != "gguf" and tensor.role == "norm" else 0.0
     problem = f"{tensor.name} is missing"
-    for name in (*arch.names.get(kind, {}).get(key, ()), *default):
-        names = _file_names(name, tensor, suffix, stored, kind)
-        if not names:
-            continue
+    for name in (*arch.names.get(kind, {}).get(key, ()), *NAMES[kind].get(key, (Name(base),))):
+        names = _file_names(name, tensor, suffix, stored)
         rows, total = _rows(name, layer)
         shape = _file_shape(tensor.shape, total, "{e}" in name.base)
         bad = next((n for n in names if stored[n].shape != shape), None)
-        if bad is None:
+        if names and bad is None:
             return Source(tensor, names, rows, offset)
-        problem = f"{bad} has shape {stored[bad].shape}, expected {shape}"
+        if bad is not None:
+            problem = f"{bad} has shape {stored[bad].shape}, expected {shape}"
     return problem
 
 
-def _file_names(
-    name: Name, tensor: TensorSpec, suffix: str, stored: Mapping[str, object], kind: str
-) -> tuple[str, ...]:
+def _file_names(name: Name, tensor: TensorSpec, suffix: str, stored: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     """The file's names for a tensor, () where it has none of that form."""
     base = name.base if name.bare else f"{name.base}.{suffix}"
     experts = range(tensor.shape[0]) if "{e}" in base else (0,)
-    for prefix in PREFIXES if kind == "hf" and base.startswith("model.") else ("",):
-        whole = prefix + base.removeprefix("model.") if kind == "hf" and base.startswith("model.") else base
+    for prefix in PREFIXES if base.startswith("model.") else ("",):
+        whole = prefix + base.removeprefix("model.")
         names = tuple(whole.format(i=tensor.layer, e=e) for e in experts)
         if all(n in stored for n in names):
             return names
@@ -216,19 +183,16 @@ def _rows(name: Name, layer: LayerSpec | None) -> tuple[Ranges, int | None]:
     if name.part in ("gate", "up"):
         ff = layer.mlp.intermediate_size
         return ((0, ff) if name.part == "gate" else (ff, 2 * ff),), 2 * ff
-    return _qkv_rows(layer.attention, name.part, 1 if not name.grouped else layer.attention.num_kv_heads)
-
-
-def _qkv_rows(a: AttentionSpec, part: str, groups: int) -> tuple[Ranges, int]:
+    a = layer.attention
+    groups = a.num_kv_heads if name.grouped else 1
     q, kv = a.num_heads * a.head_dim // groups, a.num_kv_heads * a.head_dim // groups
-    start, stop = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[part]
+    start, stop = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[name.part]
     stride = q + 2 * kv
     return tuple((g * stride + start, g * stride + stop) for g in range(groups)), groups * stride
 
 
 def _file_shape(shape: tuple[int, ...], total: int | None, per_expert: bool) -> tuple[int, ...]:
-    if per_expert:
-        shape = shape[1:]
+    shape = shape[1:] if per_expert else shape
     if total is None:
         return shape
     return (total,) if len(shape) == 1 else (*shape[:-2], total, shape[-1])

@@ -33,8 +33,9 @@ TILE = 1 << 20  # weight values unpacked at once
 
 
 def tensor(array: Array) -> torch.Tensor:
-    """A torch view of a host array (bf16's uint16 stays uint16); torch tensors pass."""
-    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+    """A torch view of a host array; torch tensors pass. uint16 becomes int16, which torch can index."""
+    view: torch.Tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+    return view.view(torch.int16) if view.dtype == torch.uint16 else view
 
 
 class ReferenceBackend(Backend):
@@ -232,4 +233,4 @@ def unpacked_rows(rows: torch.Tensor, kv_type: str, head_dim: int) -> torch.Tens
 
 def cache_dtype(kv_type: str) -> torch.dtype:
     """The dtype of a `KVLayer` array as torch sees it."""
-    return {"f32": torch.float32, "f16": torch.float16, "bf16": torch.uint16}.get(kv_type, torch.uint8)
+    return {"f32": torch.float32, "f16": torch.float16, "bf16": torch.int16}.get(kv_type, torch.uint8)

@@ -35,7 +35,7 @@ def arch_of_model_type(model_type: object) -> Arch:
 def arch_of_gguf(name: object, experts: bool) -> Arch:
     """The architecture of a GGUF file's `general.architecture`. Raises UnsupportedError."""
     for arch in ARCHS.values():
-        if name == arch.gguf and experts == arch.experts:
+        if arch.gguf is not None and (name, experts) == (arch.gguf, arch.experts):
             return arch
     raise unsupported(name)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from chandra.errors import UnsupportedError
 from chandra.models.arch.base import Arch, Name
 from chandra.models.facts import Facts
-from chandra.models.spec import LayerSpec, ModelSpec
+from chandra.models.spec import ModelSpec
 
 _LAYER = "transformer.h.{i}."
 
@@ -20,11 +20,15 @@ def build(facts: Facts) -> ModelSpec:
     activation = facts.get("activation") or "gelu"
     facts = Facts({"num_key_value_heads": kv_heads, "hidden_act": activation, **facts.values}, facts.has_head)
     bias = facts.flag("bias")
-    attention = facts.attention(bias=bias, out_bias=bias)
     size = facts.integer("intermediate_size", facts.integer("ffn_hidden_size", 4 * facts.hidden_size))
-    mlp = facts.mlp(intermediate_size=size, gated=False, bias=bias)
-    layer = LayerSpec(attention, mlp, parallel=parallel, mlp_norm=two_norms)
-    return facts.model("falcon", [layer] * facts.num_layers, tied=True, norm_kind="layer")
+    return facts.model(
+        "falcon",
+        mlp=facts.mlp(size, gated=False, bias=bias),
+        attention={"bias": bias, "out_bias": bias},
+        layer={"parallel": parallel, "mlp_norm": two_norms},
+        tied=True,
+        norm_kind="layer",
+    )
 
 
 ARCH = Arch(

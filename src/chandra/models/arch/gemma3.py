@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 from chandra.models.arch.base import Arch
+from chandra.models.arch.gemma2 import common
 from chandra.models.facts import Facts
-from chandra.models.spec import LayerSpec, ModelSpec
+from chandra.models.spec import ModelSpec
 
 
 def build(facts: Facts) -> ModelSpec:
-    mlp = facts.mlp(activation="gelu_tanh")
-    # GGUF files do not hold the scale: the head size, but for the 27B (62 layers) the hidden size per head
-    large = facts.hidden_size / facts.integer("num_attention_heads") if facts.num_layers == 62 else None
-    scale = facts.number("query_pre_attn_scalar", large or facts.head_dim) ** -0.5
-    period = facts.integer("sliding_window_pattern", facts.integer("_sliding_window_pattern", 6))
-    local = Facts({"rope_theta": 10000.0, **facts.values})
-    if not facts.get("rope_parameters"):  # the older layout: the scaling is meant for the full layers only
-        theta = facts.number("rope_local_base_freq", 10000.0)
-        local = Facts({**facts.values, "rope_theta": theta, "rope_scaling": None})
-    full = facts if facts.get("rope_theta") else Facts({"rope_theta": 1e6, **facts.values})
+    period = facts.integer("sliding_window_pattern", facts.get("_sliding_window_pattern") or 6)
+    slides = facts.sliding([(i + 1) % period != 0 for i in range(facts.num_layers)])
+    full = Facts({**facts.values, "rope_theta": facts.number("rope_theta", 1e6)})
+    if facts.get("rope_parameters"):
+        local = facts
+    else:  # the older layout, in which the scaling is meant for the full layers only
+        local = Facts({**facts.values, "rope_theta": facts.get("rope_local_base_freq"), "rope_scaling": None})
     ropes = {True: local.rope("sliding_attention"), False: full.rope("full_attention")}
-    layers = [
-        LayerSpec(
-            facts.attention(
-                scale=scale,
-                window=facts.window() if slides else None,
-                softcap=facts.optional("attn_logit_softcapping"),
-                rope=ropes[slides],
-                qk_norm=True,
-            ),
-            mlp,
-            post_norms=True,
-        )
-        for slides in facts.sliding([(i + 1) % period != 0 for i in range(facts.num_layers)])
-    ]
-    return facts.model(
-        "gemma3",
-        layers,
-        tied=True,
-        embedding_scale=facts.hidden_size**0.5,
-        logit_softcap=facts.optional("final_logit_softcapping"),
-    )
+    return facts.model("gemma3", slides=slides, ropes=ropes, **common(facts, largest=62, qk_norm=True))
 
 
 ARCH = Arch("gemma3", build, ("gemma3_text", "gemma3"), "gemma3", unit_offset=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from chandra.models.arch.base import Arch
 from chandra.models.facts import Facts
-from chandra.models.spec import LayerSpec, ModelSpec
+from chandra.models.spec import ModelSpec
 
 
 def build(facts: Facts) -> ModelSpec:
-    layer = LayerSpec(facts.attention(), facts.mlp(bias=facts.flag("mlp_bias")))
-    return facts.model("llama", [layer] * facts.num_layers)
+    return facts.model("llama", mlp=facts.mlp(bias=facts.flag("mlp_bias")))
 
 
 ARCH = Arch("llama", build, ("llama",), "llama")

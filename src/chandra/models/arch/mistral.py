@@ -1,19 +1,14 @@
-"""Mistral 7B: Llama with a sliding window in every layer (where the file has one)."""
+"""Mistral 7B: Llama with a sliding window in every layer, where the file has one. Its GGUF files say `llama`."""
 
 from __future__ import annotations
 
 from chandra.models.arch.base import Arch
 from chandra.models.facts import Facts
-from chandra.models.spec import LayerSpec, ModelSpec
+from chandra.models.spec import ModelSpec
 
 
 def build(facts: Facts) -> ModelSpec:
-    mlp = facts.mlp()
-    layers = [
-        LayerSpec(facts.attention(window=facts.window() if slides else None), mlp)
-        for slides in facts.sliding([True] * facts.num_layers)
-    ]
-    return facts.model("mistral", layers)
+    return facts.model("mistral", slides=facts.sliding([True] * facts.num_layers))
 
 
 ARCH = Arch("mistral", build, ("mistral",))

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from chandra.models.arch.base import Arch, Name
 from chandra.models.facts import Facts
-from chandra.models.spec import LayerSpec, ModelSpec
+from chandra.models.spec import ModelSpec
 
 _MOE = "model.layers.{i}.block_sparse_moe."
 
 
 def build(facts: Facts) -> ModelSpec:
-    mlp = facts.experts(facts.integer("intermediate_size"), normalize=True)
-    layers = [
-        LayerSpec(facts.attention(window=facts.window() if slides else None), mlp)
-        for slides in facts.sliding([True] * facts.num_layers)
-    ]
-    return facts.model("mixtral", layers)
+    experts = facts.experts(facts.integer("intermediate_size"), normalize=True)
+    return facts.model("mixtral", mlp=experts, slides=facts.sliding([True] * facts.num_layers))
 
 
 ARCH = Arch(

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from chandra.models.arch.base import Arch, Name
 from chandra.models.facts import Facts
-from chandra.models.spec import LayerSpec, ModelSpec
+from chandra.models.spec import ModelSpec
 
 _LAYER = "model.layers.{i}."
 
 
 def build(facts: Facts) -> ModelSpec:
-    mlp = facts.mlp()
-    layers = [
-        LayerSpec(facts.attention(window=facts.window() if slides else None), mlp)
-        for slides in facts.sliding([True] * facts.num_layers)
-    ]
-    return facts.model("phi3", layers)
+    return facts.model("phi3", slides=facts.sliding([True] * facts.num_layers))
 
 
 ARCH = Arch(

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from chandra.models.arch.base import Arch
 from chandra.models.facts import Facts
-from chandra.models.spec import LayerSpec, ModelSpec
+from chandra.models.spec import ModelSpec
 
 
 def build(facts: Facts) -> ModelSpec:
-    mlp = facts.mlp()
-    layers = [
-        LayerSpec(facts.attention(window=window, bias=True, out_bias=False), mlp) for window in upper_windows(facts)
-    ]
-    return facts.model("qwen2", layers)
+    return facts.model("qwen2", slides=upper_layers(facts), attention={"bias": True, "out_bias": False})
 
 
-def upper_windows(facts: Facts) -> list[int | None]:
-    """The window of each layer: none unless `use_sliding_window`, then from layer `max_window_layers` on."""
-    count = facts.num_layers
-    if not facts.flag("use_sliding_window"):
-        return [None] * count
-    first = facts.integer("max_window_layers", 0, least=0)
-    return [facts.window() if slides else None for slides in facts.sliding([i >= first for i in range(count)])]
+def upper_layers(facts: Facts) -> list[bool]:
+    """Which layers have a window: none unless `use_sliding_window`, then from layer `max_window_layers` on."""
+    first = facts.integer("max_window_layers", 0, least=0) if facts.flag("use_sliding_window") else facts.num_layers
+    default = [i >= first for i in range(facts.num_layers)]
+    return facts.sliding(default) if any(default) else default
 
 
 ARCH = Arch("qwen2", build, ("qwen2",), "qwen2")

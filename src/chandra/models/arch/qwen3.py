@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from chandra.models.arch.base import Arch
-from chandra.models.arch.qwen2 import upper_windows
+from chandra.models.arch.qwen2 import upper_layers
 from chandra.models.facts import Facts
-from chandra.models.spec import LayerSpec, ModelSpec
+from chandra.models.spec import ModelSpec
 
 
 def build(facts: Facts) -> ModelSpec:
-    mlp = facts.mlp()
-    layers = [LayerSpec(facts.attention(qk_norm=True, window=window), mlp) for window in upper_windows(facts)]
-    return facts.model("qwen3", layers)
+    return facts.model("qwen3", slides=upper_layers(facts), attention={"qk_norm": True})
 
 
 ARCH = Arch("qwen3", build, ("qwen3",), "qwen3")
