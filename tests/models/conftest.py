@@ -11,9 +11,12 @@ from chandra.ops.reference import ReferenceBackend
 
 torch.set_num_threads(1)  # tiny tensors
 
-BACKENDS = {"reference": ReferenceBackend}
 
-
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["reference", "cpu"])
 def backend(request: pytest.FixtureRequest) -> Backend:
-    return BACKENDS[request.param](CPU)
+    if request.param == "reference":
+        return ReferenceBackend(CPU)
+    pytest.importorskip("chandra.backends.cpu._cpu", reason="the C++ kernels are not built")
+    from chandra.backends.cpu.backend import CpuBackend
+
+    return CpuBackend(CPU)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_kit import MemoryCheckpoint
+from tiny_models import packed
 
 from chandra.errors import ChandraError, CheckpointError, UnsupportedError
 from chandra.models import ARCHS, read_spec, spec_from_config
@@ -114,6 +115,11 @@ def test_what_is_not_supported_is_said() -> None:
         spec_from_config({**LLAMA, "hidden_act": "tanhshrink"})
     with pytest.raises(UnsupportedError, match="ALiBi"):
         spec_from_config({**LLAMA, "model_type": "falcon", "alibi": True})
+    with pytest.raises(UnsupportedError, match="both ways"):
+        spec_from_config({**GEMMA3, "use_bidirectional_attention": True})
+    gptq = {"model.layers.0.self_attn.q_proj.qweight": packed(np.zeros((8, 8), np.float32))}
+    with pytest.raises(UnsupportedError, match="quantized"):
+        read_spec(MemoryCheckpoint("hf", {**LLAMA, "quantization_config": {"quant_method": "gptq"}}, gptq))
     with pytest.raises(UnsupportedError, match="stablelm"):
         read_spec(MemoryCheckpoint("litgpt", {"name": "stablelm", "mlp_class_name": "LLaMAMLP"}, {}))
     with pytest.raises(UnsupportedError, match="None"):

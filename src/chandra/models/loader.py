@@ -162,11 +162,8 @@ class _Loading:
         weight, bias = self.loaded[name + ".weight"], self.loaded.get(name + ".bias")
         return Norm(weight, self.spec.norm_eps, self.spec.norm_kind, bias)
 
-    def _head_norm(self, name: str) -> Norm:
-        return Norm(self.loaded[name], self.spec.norm_eps)
-
     def _attention(self, a: AttentionSpec, prefix: str, backend: Backend) -> AttentionParams:
-        norms = [self._head_norm(f"{prefix}self_attn.{x}_norm.weight") if a.qk_norm else None for x in "qk"]
+        norms = [self._norm(f"{prefix}self_attn.{x}_norm") if a.qk_norm else None for x in "qk"]
         rope = self._rope(a.rope, backend) if a.rope else None
         return AttentionParams(
             a.num_heads, a.num_kv_heads, a.head_dim, a.scale, a.window, a.softcap, rope, norms[0], norms[1]

@@ -36,6 +36,8 @@ GGUF_ROPE_TENSORS = {
     **{"rope_freqs.weight": "freq_factors", "rope_factors_short.weight": "short_factor"},
     "rope_factors_long.weight": "long_factor",
 }
+# Suffixes of what GPTQ, AWQ, bitsandbytes, FP8 and compressed-tensors store beside or instead of a weight
+QUANTIZED = (".qweight", ".absmax", ".SCB", ".weight_scale", ".weight_scale_inv", ".weight_packed")
 LITGPT_KEYS = {
     **{"n_layer": "num_hidden_layers", "n_embd": "hidden_size", "padded_vocab_size": "vocab_size"},
     **{"n_head": "num_attention_heads", "n_query_groups": "num_key_value_heads", "head_size": "head_dim"},
@@ -72,6 +74,11 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _hf(checkpoint: Checkpoint) -> tuple[Arch, Facts]:
     config = _text_config(checkpoint.metadata)
+    if config.get("quantization_config") and any(name.endswith(QUANTIZED) for name in checkpoint.tensors):
+        raise UnsupportedError(
+            f"{checkpoint.path.name} is quantized in a way that Chandra does not read yet",
+            "take the GGUF form of this model, or the original weights and let Chandra convert them",
+        )
     has_head = any(name.endswith("lm_head.weight") for name in checkpoint.tensors)
     return arch_of_model_type(config.get("model_type")), Facts(config, has_head)
 

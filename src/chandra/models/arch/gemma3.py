@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from chandra.errors import UnsupportedError
 from chandra.models.arch.base import Arch
 from chandra.models.arch.gemma2 import common
 from chandra.models.facts import Facts
@@ -9,6 +10,8 @@ from chandra.models.spec import ModelSpec
 
 
 def build(facts: Facts) -> ModelSpec:
+    if facts.flag("use_bidirectional_attention"):
+        raise UnsupportedError("Gemma 3 for embeddings, which looks both ways, is not supported", "take a text model")
     period = facts.integer("sliding_window_pattern", facts.get("_sliding_window_pattern") or 6)
     slides = facts.sliding([(i + 1) % period != 0 for i in range(facts.num_layers)])
     full = Facts({**facts.values, "rope_theta": facts.number("rope_theta", 1e6)})
