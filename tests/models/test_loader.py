@@ -78,7 +78,7 @@ def test_every_byte_is_reserved_and_given_back(backend: Backend) -> None:
     weights = reserved(ledger)["cpu", Kind.WEIGHTS]
     if isinstance(backend, ReferenceBackend):  # it repacks nothing
         assert weights == planned
-    workspace = workspace_bytes(spec, layers=True, head=True, max_rows=32, max_logit_rows=8)
+    workspace = workspace_bytes(spec, range(4), 32, 8)
     assert reserved(ledger)["cpu", Kind.WORKSPACE] == workspace
     assert told[-1] == (planned, planned)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
@@ -104,14 +104,14 @@ def test_the_workspace_is_as_large_as_its_arrays() -> None:
     load_decoder(source, spec, places, ledger, context_length=64, max_rows=32, max_logit_rows=70)
     assert reserved(ledger)["cpu", Kind.WORKSPACE] == backend.allocated
     assert reserved(ledger)["virtual:0", Kind.WORKSPACE] == head.allocated
-    assert head.allocated == workspace_bytes(spec, layers=False, head=True, max_rows=32, max_logit_rows=70)
+    assert head.allocated == workspace_bytes(spec, [], 32, 70)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.9, 0.9999])
 def test_nothing_stays_reserved_when_the_model_does_not_fit(share: float) -> None:
     spec, source = checkpoint()
     needed = sum(weight.nbytes for weight in source.weights.values())
-    needed += workspace_bytes(spec, layers=True, head=True, max_rows=64, max_logit_rows=64)
+    needed += workspace_bytes(spec, range(4), 64, 64)
     ledger = Ledger([Device("cpu", "cpu", int(share * needed))])
     backend = ReferenceBackend(CPU)
     with pytest.raises(BudgetExceeded):

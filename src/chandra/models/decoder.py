@@ -51,11 +51,11 @@ def layer_width(layer: LayerSpec) -> int:
     return attention + ff if layer.parallel else max(attention, ff)
 
 
-def workspace_bytes(spec: ModelSpec, *, layers: bool, head: bool, max_rows: int, max_logit_rows: int) -> int:
-    """Bytes the decoder allocates on a device that computes layers, the head, both or (neither) the embedding, for
-    batches of up to `max_rows` tokens, `max_logit_rows` of which have their logits wanted. Nothing is allocated."""
-    width = max(map(layer_width, spec.layers)) if layers else 0
-    scratch = max(max_rows * width, max_logit_rows * spec.vocab_size if head else 0)
+def workspace_bytes(spec: ModelSpec, layers: Iterable[int], max_rows: int, max_logit_rows: int = 0) -> int:
+    """Bytes the decoder allocates on a device that holds these layers, for batches of up to `max_rows` tokens and (on
+    the device of the head) `max_logit_rows` rows of logits. Nothing is allocated."""
+    width = max((layer_width(spec.layers[i]) for i in layers), default=0)
+    scratch = max(max_rows * width, max_logit_rows * spec.vocab_size)
     return FLOAT * (max_rows * spec.hidden_size + scratch)
 
 
@@ -167,13 +167,9 @@ class Decoder:
     def _allocate(self, ledger: Ledger) -> None:
         spec, backends, max_rows = self.spec, self.backends, self.max_rows
         for backend in backends.distinct():
-            nbytes = workspace_bytes(
-                spec,
-                layers=backend in backends.layers,
-                head=backend is backends.head,
-                max_rows=max_rows,
-                max_logit_rows=self.max_logit_rows,
-            )
+            held = [i for i, other in enumerate(backends.layers) if other is backend]
+            logit_rows = self.max_logit_rows if backend is backends.head else 0
+            nbytes = workspace_bytes(spec, held, max_rows, logit_rows)
             self._reservations.append(ledger.reserve(backend.device.name, Kind.WORKSPACE, nbytes))
             self._workspaces[id(backend)] = Workspace(backend, nbytes, max_rows, spec.hidden_size)
 
