@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chandra import LLM, SamplingParams
+from chandra import LLM
 
 DATA = Path(__file__).parent / "data"
 NAMES = ("smollm2:135m", "gemma3:270m", "qwen2.5-coder:0.5b")
@@ -21,7 +21,9 @@ pytestmark = pytest.mark.model
 
 
 @pytest.fixture(scope="module", params=NAMES)
-def model(request: pytest.FixtureRequest, model_file: Callable[[str], Path]) -> Iterator[tuple[LLM, dict[str, np.ndarray]]]:
+def model(
+    request: pytest.FixtureRequest, model_file: Callable[[str], Path]
+) -> Iterator[tuple[LLM, dict[str, np.ndarray]]]:
     oracle = dict(np.load(DATA / f"oracle_{request.param.replace(':', '-')}.npz"))
     with LLM(model_file(request.param), ctx=512, parallel=4) as llm:
         yield llm, oracle

@@ -16,6 +16,7 @@ from chandra.errors import ChandraError, RequestError
 from chandra.memory.plan import Plan
 from chandra.planner import PlanRequest
 from chandra.runtime import MemoryRow, Progress, Runtime, load
+from chandra.store import StoredModel
 from chandra.text import StopMatcher, StreamDetokenizer, Tokenizer
 
 DEFAULT_MODEL = "smollm2:135m"
@@ -114,7 +115,9 @@ class LLM:
     One thread at a time computes; several may call.
     """
 
-    def __init__(self, model: str | Path = DEFAULT_MODEL, *, progress: Progress | None = None, **options: Any) -> None:
+    def __init__(
+        self, model: str | Path | StoredModel = DEFAULT_MODEL, *, progress: Progress | None = None, **options: Any
+    ) -> None:
         started = time.monotonic()
         try:
             request = PlanRequest(**options)
@@ -155,7 +158,9 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def generate(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from chandra.backends import make_backend
 from chandra.checkpoint import Checkpoint, open_checkpoint
@@ -20,8 +18,9 @@ from chandra.memory.plan import Plan
 from chandra.models import Backends, Decoder, ModelSpec, load_decoder, read_spec
 from chandra.ops.contracts import Backend
 from chandra.planner import PlanRequest, discover, plan, plannable
-from chandra.store import Store, StoredModel, parse_name
-from chandra.text import ChatTemplate, Tokenizer, has_template, load_tokenizer
+from chandra.store import Store, StoredModel
+from chandra.text import Tokenizer, load_tokenizer
+from chandra.text.template import ChatTemplate, has_template
 
 Progress = Callable[[str, int, int], None]
 
@@ -106,7 +105,9 @@ def load(
         ledger = Ledger(made.devices)
         for name in {part.device for part in made.parts()} | {"cpu"}:
             ledger.reserve(name, Kind.RUNTIME, machine.of(name).runtime)
-        backends = {d.name: make_backend(d, settings.threads, settings.cpu) for d in made.devices if _used(made, d.name)}
+        backends = {
+            d.name: make_backend(d, settings.threads, settings.cpu) for d in made.devices if _used(made, d.name)
+        }
         decoder = _load_weights(checkpoint, spec, made, backends, ledger, progress)
         try:
             pool = _make_pool(spec, made, backends, ledger)
@@ -129,7 +130,7 @@ def find(model: str | Path | StoredModel, settings: Settings, progress: Progress
     """The model of a name or path, pulled if the store lacks it. Raises ModelNotFound, StoreError."""
     if isinstance(model, StoredModel):
         return model
-    return Store(settings.home).pull(str(model), progress=progress)
+    return Store(settings.home, settings.registry).get(str(model), progress=progress)
 
 
 def _used(made: Plan, device: str) -> bool:

@@ -3,6 +3,10 @@
     pip install llama-cpp-python==0.3.36 numpy
     python tests/data/make_oracle.py smollm2:135m path/to/model.gguf
 
+llama.cpp rounds activations to 8 bits, so what it says depends on the path it takes: for gemma3:270m two of its own
+runs (prompt in one batch or token by token, KV cache in f16 or f32) are a mean KL of 0.0055 apart and agree on the likeliest
+token at 96 % of the positions. The oracle is therefore the mean of the log-probabilities of six such runs, normalized.
+
 For each position: the 128 most likely next tokens and their log-probabilities (the rest is one lump of probability,
 so the divergence computed from the file is a lower bound that misses what happens inside the tail).
 """
@@ -16,18 +20,32 @@ import numpy as np
 from llama_cpp import Llama
 
 TOP, POSITIONS = 128, 260
+GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16 = 0, 1, 30
+RUNS = [(n_batch, kv) for kv in (GGML_TYPE_F16, GGML_TYPE_F32, GGML_TYPE_BF16) for n_batch in (512, 1)]
+
+
+def normalized(logits: np.ndarray) -> np.ndarray:
+    top = logits.max(axis=1, keepdims=True)
+    return logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
+
+
+def run(path: str, n_batch: int, kv: int, text: bytes) -> tuple[list[int], np.ndarray]:
+    model = Llama(path, n_ctx=512, n_batch=n_batch, type_k=kv, type_v=kv, logits_all=True, verbose=False, n_threads=2)
+    tokens = model.tokenize(text, add_bos=True, special=False)[:POSITIONS]
+    model.eval(tokens)
+    return tokens, normalized(np.asarray(model.scores[: len(tokens)], dtype=np.float64))
 
 
 def main(name: str, path: str) -> None:
     here = Path(__file__).parent
-    model = Llama(path, n_ctx=512, n_batch=512, logits_all=True, verbose=False, n_threads=2)
-    tokens = model.tokenize((here / "prose.txt").read_text().encode(), add_bos=True, special=False)[:POSITIONS]
+    text = (here / "prose.txt").read_bytes()
+    total: np.ndarray | float = 0.0
+    for n_batch, kv in RUNS:
+        tokens, logprobs = run(path, n_batch, kv, text)
+        total = total + logprobs
     if len(tokens) < POSITIONS:
         raise SystemExit(f"the text has only {len(tokens)} tokens")
-    model.eval(tokens)
-    logits = np.asarray(model.scores[: len(tokens)], dtype=np.float64)
-    top_logit = logits.max(axis=1, keepdims=True)
-    logprobs = logits - top_logit - np.log(np.exp(logits - top_logit).sum(axis=1, keepdims=True))
+    logprobs = normalized(np.asarray(total) / len(RUNS))
     ids = np.argsort(-logprobs, axis=1)[:, :TOP].astype(np.int32)
     np.savez_compressed(
         here / f"oracle_{name.replace(':', '-')}.npz",

@@ -12,13 +12,13 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
-from chandra.cli.run import SAMPLING, answer, open_model, print_stats
+from chandra.cli.run import answer, open_model, print_stats
+from chandra.cli.sampling import known_sampling, parse_sampling
 from chandra.cli.store import describe, listing, open_store
 from chandra.cli.tables import memory_table, plan_table
 from chandra.config import SamplingParams, Settings
 from chandra.errors import ChandraError, UsageError
 from chandra.llm import LLM
-from chandra.store import Overrides
 
 HELP = """\
 /set parameter NAME VALUE   change a sampling value    /set system TEXT       change the system message
@@ -29,9 +29,6 @@ HELP = """\
 /plan  /stats               what was planned; memory   /bye                   leave
 \"\"\"                         begins and ends a message of several lines; Ctrl-C stops an answer, Ctrl-D leaves"""
 
-# Names of Ollama's options beside our own
-ALIASES = {"repeat_penalty": "repetition_penalty", "num_predict": "max_tokens"}
-
 
 class Chat:
     """One conversation on a terminal."""
@@ -39,8 +36,8 @@ class Chat:
     def __init__(self, llm: LLM, arguments: argparse.Namespace, sampling: dict[str, Any]) -> None:
         self.llm, self.arguments, self.sampling = llm, arguments, sampling
         self.settings = Settings.from_env()
-        self.system: str | None = arguments.system or llm.runtime.overrides.system
-        self.messages: list[dict[str, str]] = [dict(message) for message in llm.runtime.overrides.messages]
+        self.system: str | None = arguments.system or llm.runtime.stored.system
+        self.messages: list[dict[str, str]] = [dict(message) for message in llm.runtime.stored.messages]
         self.session: PromptSession[str] = PromptSession(history=self._history(self.settings.history))
         self.stats: Any = None
         self.commands: dict[str, Callable[[str], None]] = {
@@ -126,27 +123,17 @@ class Chat:
             raise UsageError(f"/set {what or '…'} is not known", "/? lists the commands")
 
     def _set_parameter(self, name: str, value: str) -> None:
-        name = ALIASES.get(name, name)
         if name == "num_ctx":
             raise UsageError("the context length is part of the plan", "start again with --ctx TOKENS")
-        if name == "stop":
-            changed: Any = tuple(value.split())
-        elif name in SAMPLING:
-            try:
-                changed = SAMPLING[name][0](value)
-            except ValueError:
-                raise UsageError(f"{name} takes a number, not {value!r}") from None
-            changed = None if name == "max_tokens" and changed < 0 else changed
-        else:
-            raise UsageError(f"unknown parameter {name!r}", f"known: {', '.join([*SAMPLING, 'stop', *ALIASES])}")
-        SamplingParams(**{**self.sampling, name: changed})
+        name, changed = parse_sampling(name, value)
+        SamplingParams(**{**self.sampling, name: changed})  # refuses values out of range
         self.sampling[name] = changed
         print(f"Set {name} to {changed!r}.")
 
     def _show(self, part: str) -> None:
         runtime = self.llm.runtime
         if part in ("", "info"):
-            print(describe(runtime))
+            print(describe(runtime.stored))
         elif part == "parameters":
             print("\n".join(f"{name:<20} {value}" for name, value in self.sampling.items()))
         elif part == "system":
@@ -154,7 +141,7 @@ class Chat:
         elif part == "template":
             print(runtime.template.source)
         elif part in ("license", "modelfile"):
-            print(describe(runtime, part))
+            print(describe(runtime.stored, part))
         else:
             raise UsageError(f"/show {part} is not known", "/? lists the commands")
 
@@ -164,18 +151,18 @@ class Chat:
         loaded = open_model(argparse.Namespace(**{**vars(self.arguments), "model": name}))
         self.llm.close()
         self.llm = loaded
-        self.system = loaded.runtime.overrides.system
-        self.messages = [dict(message) for message in loaded.runtime.overrides.messages]
-        self.sampling |= loaded.runtime.overrides.sampling
+        stored = loaded.runtime.stored
+        self.system = stored.system
+        self.messages = [dict(message) for message in stored.messages]
+        self.sampling |= known_sampling(stored.params)
 
     def _save(self, name: str) -> None:
         if not name:
             raise UsageError("/save needs a name")
-        overrides = Overrides(system=self.system, sampling=self.sampling, messages=tuple(self.messages))
-        merged = dataclasses.replace(self.llm.runtime.overrides, **{
-            "system": overrides.system, "sampling": overrides.sampling, "messages": overrides.messages,
-        })
-        open_store(self.settings).save(self.llm.name, name, merged)
+        session = dataclasses.replace(
+            self.llm.runtime.stored, system=self.system, params=self.sampling, messages=tuple(self.messages)
+        )
+        open_store(self.settings).save(session, name)
         print(f"Saved as {name}.")
 
     def _clear(self, _: str) -> None:

@@ -8,23 +8,13 @@ from typing import Any
 
 from chandra.cli.options import add_memory_options, memory_request
 from chandra.cli.progress import ProgressLine
+from chandra.cli.sampling import add_sampling_options, sampling_of
 from chandra.cli.store import fetch, open_store
+from chandra.cli.tables import memory_table
 from chandra.cli.wrap import AnswerWriter
 from chandra.config import SamplingParams, Settings
 from chandra.errors import UsageError
 from chandra.llm import DEFAULT_MODEL, LLM, Stats
-
-# What a chat wants, and what Ollama's users are used to; the library's own defaults leave the model as it is.
-CHAT_DEFAULTS: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
-SAMPLING = {
-    "temperature": (float, "randomness; 0 always takes the likeliest token"),
-    "top_k": (int, "choose among the k likeliest tokens (0: all)"),
-    "top_p": (float, "choose among the likeliest tokens that make up this share"),
-    "min_p": (float, "leave out tokens less likely than this share of the likeliest"),
-    "repetition_penalty": (float, "above 1: repeat less"),
-    "seed": (int, "the same seed gives the same answer"),
-    "max_tokens": (int, "length of the answer at most"),
-}
 
 
 def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -34,20 +24,12 @@ def add_commands(commands: Any, common: argparse.ArgumentParser) -> None:
     run.add_argument("prompt", nargs="*", help="without one: the input of a pipe, or a chat on a terminal")
     run.add_argument("--system", help="system message")
     run.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
-    run.add_argument("--stop", action="append", default=[], help="end the answer at this text (repeatable)")
-    for name, (kind, text) in SAMPLING.items():
-        run.add_argument(f"--{name.replace('_', '-')}", dest=name, type=kind, help=text)
     run.add_argument("--verbose", action="store_true", help="print token counts, rates and memory at the end")
     run.add_argument("--nowordwrap", action="store_true", help="do not break lines between words")
     run.add_argument("--accept-license", action="store_true", help="do not ask about the model's terms")
+    add_sampling_options(run)
     add_memory_options(run)
     run.set_defaults(run=_run)
-
-
-def sampling_of(arguments: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Sampling values: the command line's, else the defaults."""
-    given = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
-    return {**defaults, **given, **({"stop": tuple(arguments.stop)} if arguments.stop else {})}
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -58,15 +40,16 @@ def _run(arguments: argparse.Namespace) -> int:
         if not prompt.strip():
             raise UsageError("there is no prompt", "give one after the model's name, or pipe it in")
     with open_model(arguments) as llm:
-        defaults = {**CHAT_DEFAULTS, **llm.runtime.overrides.sampling}
-        sampling = sampling_of(arguments, defaults)
+        stored = llm.runtime.stored
+        sampling = sampling_of(arguments, stored.params)
         if not prompt:
             from chandra.cli.chat import Chat
 
             return Chat(llm, arguments, sampling).loop()
         params = SamplingParams(**sampling)
-        system = arguments.system or llm.runtime.overrides.system
-        messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
+        system = arguments.system or stored.system
+        said = [{"role": "system", "content": system}] if system else []
+        messages = [*said, *stored.messages, {"role": "user", "content": prompt}]
         stats = answer(llm, prompt if arguments.raw or llm.runtime.base_model else messages, params, arguments)[1]
         if arguments.verbose:
             print_stats(stats, llm)
@@ -78,7 +61,7 @@ def open_model(arguments: argparse.Namespace) -> LLM:
     settings = Settings.from_env()
     stored = fetch(open_store(settings), arguments.model, arguments.accept_license)
     with ProgressLine() as progress:
-        llm = LLM(stored.name, progress=progress, **memory_request(arguments))
+        llm = LLM(stored, progress=progress, **memory_request(arguments))
     if llm.runtime.base_model and not getattr(arguments, "raw", False):
         print(f"{llm.name} is a base model without a chat template: it continues the text", file=sys.stderr)
     return llm
@@ -124,6 +107,4 @@ def print_stats(stats: Stats | None, llm: LLM) -> None:
     ]
     for name, value in rows:
         print(f"{name + ':':<22}{value}", file=sys.stderr)
-    from chandra.cli.tables import memory_table
-
     print(memory_table(llm.memory()), file=sys.stderr)

@@ -15,8 +15,10 @@ from chandra.errors import ChandraError, UsageError
 from chandra.memory.device import format_size
 from chandra.models import read_spec
 from chandra.store import Store, StoredModel
-from chandra.text import ChatTemplate, load_tokenizer
+from chandra.text import load_tokenizer
+from chandra.text.template import ChatTemplate
 
+_EPOCH = datetime.fromtimestamp(0, UTC)
 PARTS = ("license", "modelfile", "parameters", "template", "system")
 
 
@@ -91,20 +93,24 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def listing(store: Store, with_catalog: bool = False) -> str:
     """The models of the store as a table; with the catalog, those that could be pulled below."""
-    models = sorted(store.list(), key=lambda model: model.modified, reverse=True)
+    models = sorted(store.list(), key=lambda model: model.modified or _EPOCH, reverse=True)
     rows = [("NAME", "ID", "SIZE", "MODIFIED")]
     rows += [(m.name, m.digest[7:19] or "-", format_size(m.size), _age(m.modified)) for m in models]
     if not models and not with_catalog:
-        return "The store is empty. `chandra run` fetches a small model and starts a chat; `chandra list --all` shows more."
+        return "The store is empty. `chandra run` fetches a small model; `chandra list --all` shows more."
     if with_catalog:
         have = {model.name for model in models}
         others = [entry for name, entry in sorted(store.catalog.entries.items()) if name not in have]
         rows += [(e.name, "-", format_size(e.size) if e.size else "-", "in the catalog") for e in others]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
-def _age(moment: datetime) -> str:
+def _age(moment: datetime | None) -> str:
+    if moment is None:
+        return "-"
     seconds = max(0, int((datetime.now(UTC) - moment).total_seconds()))
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= length:
@@ -123,7 +129,9 @@ def _show(arguments: argparse.Namespace) -> int:
             print(f"  {key:<44} {_short(value)}")
         print("\nTensors")
         for info in checkpoint.tensors.values():
-            print(f"  {info.name:<44} {info.format:<8} {' x '.join(map(str, info.shape)):<18} {format_size(info.nbytes)}")
+            print(
+                f"  {info.name:<44} {info.format:<8} {' x '.join(map(str, info.shape)):<18} {format_size(info.nbytes)}"
+            )
         checkpoint.close()
     return 0
 
@@ -165,7 +173,9 @@ def describe(stored: StoredModel, part: str = "info") -> str:
             "vocabulary": spec.vocab_size,
             "context": spec.max_position,
             "windows": ", ".join(map(str, sorted(windows))) or "none",
-            "formats": ", ".join(f"{name} {format_size(n)}" for name, n in sorted(formats.items(), key=lambda x: -x[1])),
+            "formats": ", ".join(
+                f"{name} {format_size(n)}" for name, n in sorted(formats.items(), key=lambda x: -x[1])
+            ),
             "license": stored.license or "not stated",
         }
         if stored.note:
@@ -206,5 +216,3 @@ def _remove(arguments: argparse.Namespace) -> int:
         if removal.loaded:
             print(f"{name} is still loaded somewhere; its disk space is freed when that ends", file=sys.stderr)
     return failed
-
-

@@ -32,7 +32,8 @@ def plan_table(plan: Plan) -> str:
     lines += ["", *(f"- {decision}" for decision in plan.decisions), ""]
     lines.append(
         f"load {speed.load:.1f} s   first token {speed.first_token:.2f} s ({w.prompt} tokens)"
-        f"   {speed.decode:.1f} tokens/s alone" + (f"   {speed.total:.1f} tokens/s of {w.parallel}" if w.parallel > 1 else "")
+        f"   {speed.decode:.1f} tokens/s alone"
+        + (f"   {speed.total:.1f} tokens/s of {w.parallel}" if w.parallel > 1 else "")
     )
     lines += [f"what if: {text}" for text in plan.counterfactuals]
     lines += [f"warning: {text}" for text in plan.warnings]

@@ -25,7 +25,7 @@ class StoredModel:
 
     `path` is the file or folder to open; `digest` is `sha256-…` of a blob of the store, empty for a file that is used
     in place; `size` is in bytes. `origin` says where it came from. `template`, `system` and `params` override what the
-    model file says; `adapters` are LoRA files to be applied.
+    model file says; `adapters` are LoRA files to be applied; `messages` begin every conversation.
     """
 
     name: str
@@ -40,6 +40,7 @@ class StoredModel:
     system: str | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
     adapters: tuple[Path, ...] = ()
+    messages: tuple[Mapping[str, str], ...] = ()
     modified: datetime | None = None  # when it was stored
 
 
@@ -58,6 +59,7 @@ class Manifests:
             "params": dict(model.params),
             "file": self._refer(model.path),
             "adapters": [self._refer(path) for path in model.adapters],
+            "messages": [dict(message) for message in model.messages],
         }
         target = self.root / file
         partial = target.with_name(f".{target.name}.{os.getpid()}")
@@ -124,6 +126,7 @@ class Manifests:
             system=_typed(document["system"], str | None),
             params=_typed(document["params"], dict),
             adapters=tuple(self.blobs / _typed(file, str) for file in _typed(document["adapters"], list)),
+            messages=tuple(_message(item) for item in _typed(document.get("messages", []), list)),
             modified=modified,
         )
 
@@ -135,3 +138,8 @@ def _typed(value: Any, kind: type | UnionType) -> Any:
     if not isinstance(value, kind):
         raise TypeError(f"{str(value)[:40]!r} is not of the type {kind}")
     return value
+
+
+def _message(item: Any) -> dict[str, str]:
+    message = _typed(item, dict)
+    return {key: _typed(message[key], str) for key in ("role", "content")}

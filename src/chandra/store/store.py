@@ -123,13 +123,17 @@ class Store:
 
     def copy(self, source: str, destination: str) -> StoredModel:
         """Gives a model, or a file, a further name; no byte of it is copied."""
-        model, target = self.resolve(source), self._name(destination)
+        return self.save(self.resolve(source), destination)
+
+    def save(self, model: StoredModel, destination: str) -> StoredModel:
+        """Stores a model under a name, with what it says besides the weights: system message, parameters, messages."""
+        target = self._name(destination)
         if target.kind in ("file", "hub"):
             raise UsageError(f"{destination} cannot be a name of the store", "write a name such as mine:latest")
         blobs = [path for path in (model.path, *model.adapters) if path.parent == self.blobs]
         with ExitStack() as locks:
             for blob in sorted(set(blobs)):
-                locks.enter_context(locked(self._lock(blob), _silent, f"copying {source}"))
+                locks.enter_context(locked(self._lock(blob), _silent, f"copying {model.name}"))
             if not model.path.exists():
                 raise self._gone(model)
             self.manifests.write(target.manifest, replace(model, name=str(target)))

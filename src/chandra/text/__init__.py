@@ -1,10 +1,9 @@
-"""Between text and token ids: tokenizers, chat templates, streaming text and stop strings."""
+"""Between text and token ids: tokenizers, streaming text and stop strings. Chat templates: `text.template`."""
 
 from __future__ import annotations
 
 from chandra.text.detokenizer import StopMatcher, StreamDetokenizer
 from chandra.text.sources import load_tokenizer
-from chandra.text.template import ChatTemplate, has_template
 from chandra.text.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "StopMatcher", "StreamDetokenizer", "Tokenizer", "has_template", "load_tokenizer"]
+__all__ = ["StopMatcher", "StreamDetokenizer", "Tokenizer", "load_tokenizer"]
