@@ -264,6 +264,8 @@ void finish(const float* total, Stats stats, int n, float* out) {
 
 // ---- few queries: keys and values in place
 
+constexpr int kAhead = 64;  // keys: the distance at which they are fetched into the cache
+
 // Products of R queries with one key, for each lane.
 template <int R>
 struct Sums {
@@ -276,6 +278,14 @@ struct KeyBlock {
   int64_t stride;
   const float* q;
   int padded;
+  const uint8_t *ahead, *values;  // rows to fetch meanwhile: keys further on, the values of these keys
+
+  CHANDRA_INLINE void fetch(int key) const {
+    for (int64_t at = 0; at < stride; at += 64) {
+      __builtin_prefetch(ahead + key * stride + at, 0, 3);
+      __builtin_prefetch(values + key * stride + at, 0, 2);
+    }
+  }
 
   // The scores of the W / STEP keys KEY, KEY + STEP, …, folded so far.
   template <int KEY, int STEP>
@@ -283,6 +293,7 @@ struct KeyBlock {
     Sums<R> x;
     if constexpr (STEP == W) {
       const uint8_t* row = base + KEY * stride;
+      fetch(KEY);
       for (int r = 0; r < R; ++r) x.row[r] = zero();
       for (int j = 0; j < padded / W; ++j) {
         const vec k = load_kv<T>(row, j);
@@ -298,9 +309,12 @@ struct KeyBlock {
 };
 
 template <KvType T, int R>
-void few_scores(const Pages& pages, int64_t begin, int64_t end, int64_t tile, const float* q, int padded, float* scores) {
+void few_scores(const Pages& pages, int64_t begin, int64_t end, int64_t last, int64_t tile, const float* q, int padded,
+                float* scores) {
   for (int64_t key = begin / W * W; key < end; key += W) {
-    const KeyBlock<T, R> block{pages.cache.k + pages.offset(key), pages.cache.row_bytes, q, padded};
+    const int64_t offset = pages.offset(key), further = key + kAhead < last ? pages.offset(key + kAhead) : offset;
+    const KeyBlock<T, R> block{pages.cache.k + offset, pages.cache.row_bytes,      q, padded,
+                               pages.cache.k + further, pages.cache.v + offset};
     const Sums<R> x = block.template scores<0, 1>();
     for (int r = 0; r < R; ++r) store(scores + r * kTile + (key - tile), x.row[r]);
   }
@@ -363,7 +377,7 @@ void few(const AttentionCall& call, int64_t sequence, int kv_head, int64_t begin
       }
       const auto both = [&](auto constant) {
         constexpr int R = decltype(constant)::value;
-        few_scores<T, R>(pages, low, high, tile, q + r0 * d, d, scores + r0 * kTile);
+        few_scores<T, R>(pages, low, high, end, tile, q + r0 * d, d, scores + r0 * kTile);
         Stats stats[R];
         for (int r = 0; r < R; ++r) {
           const Query& x = query[r0 + r];
