@@ -70,9 +70,10 @@ class CpuBackend(Backend):
         result: np.ndarray[Any, Any] = array
         return result
 
-    def load_weight(self, weight: PackedWeight) -> Weight:
+    def load_weight(self, weight: PackedWeight, lookup: bool = False) -> Weight:
+        """Repacked into panels, unless only rows are looked up: then it stays where it is."""
         kernel = registry.find("linear", weight.format.name, "cpu", weight.shape)
-        handle = make_weight(weight, kernel)
+        handle = make_weight(weight, kernel, repack=not lookup)
         return Weight(weight.format, weight.shape, handle.nbytes, handle)
 
     def embed(self, batch: ForwardBatch, table: Weight, scale: float, out: Array) -> None:

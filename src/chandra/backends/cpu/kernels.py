@@ -15,11 +15,11 @@ from chandra.quant.base import PackedWeight
 PANELS, UNPACKED = "panels", "unpacked to F32"
 
 
-def make_weight(weight: PackedWeight, kernel: Kernel) -> _cpu.Weight:
-    """The weight as its kernel wants it, in memory of its own."""
+def make_weight(weight: PackedWeight, kernel: Kernel, repack: bool) -> _cpu.Weight:
+    """The weight as its kernel wants it: in memory of its own, or (not `repack`) where it is if that can be."""
     if kernel.name == UNPACKED:
         return _cpu.Weight("F32", weight.shape, {"data": weight.unpack().numpy().view(np.uint8)}, True)
-    return _cpu.Weight(weight.format.name, weight.shape, dict(weight.parts), True)
+    return _cpu.Weight(weight.format.name, weight.shape, dict(weight.parts), repack)
 
 
 def _has_panels(form: Format) -> Any:
