@@ -62,10 +62,16 @@ void write_row(KvType type, const float* x, int n, uint8_t* row) {
   constexpr float f16_max = 65504.0f;  // saturate: an infinity in the cache would turn into NaN
   if (type == KvType::f32) {
     std::memcpy(row, x, static_cast<size_t>(n) * 4);
-  } else if (type == KvType::f16 || type == KvType::bf16) {
+  } else if (type == KvType::f16) {
+    int i = 0;
+    for (; i + W <= n; i += W) store_f16(row + i * 2, max(min(load(x + i), set1(f16_max)), set1(-f16_max)));
+    for (; i < n; ++i) {
+      const uint16_t half = f32_to_f16(x[i] > f16_max ? f16_max : x[i] < -f16_max ? -f16_max : x[i]);
+      std::memcpy(row + i * 2, &half, 2);
+    }
+  } else if (type == KvType::bf16) {
     for (int i = 0; i < n; ++i) {
-      const float bounded = x[i] > f16_max ? f16_max : x[i] < -f16_max ? -f16_max : x[i];
-      const uint16_t half = type == KvType::f16 ? f32_to_f16(bounded) : f32_to_bf16(x[i]);
+      const uint16_t half = f32_to_bf16(x[i]);
       std::memcpy(row + i * 2, &half, 2);
     }
   } else {
@@ -134,20 +140,30 @@ void norm_heads(const HeadNorm& norm, float* x, int total) {
     squares = sum_lanes(sum);
     for (; i < width; ++i) squares += (x[i] - mean) * (x[i] - mean);
     const float inverse = 1.0f / std::sqrt(squares / static_cast<float>(width) + norm.eps);
-    for (i = 0; i < width; ++i) {
-      x[i] = (x[i] - mean) * inverse * norm.weight[i];
-      if (norm.bias) x[i] += norm.bias[i];
+    for (i = 0; i + W <= width; i += W) {
+      const vec y = mul(mul(sub(load(x + i), set1(mean)), set1(inverse)), load(norm.weight + i));
+      store(x + i, norm.bias ? add(y, load(norm.bias + i)) : y);
     }
+    for (; i < width; ++i) x[i] = (x[i] - mean) * inverse * norm.weight[i] + (norm.bias ? norm.bias[i] : 0.0f);
   }
 }
 
-void rotate_head(const AttentionShape& shape, float* __restrict x, const float* __restrict cos,
-                 const float* __restrict sin) {
-  const int half = shape.rotary_dim / 2, step = shape.interleaved ? 2 : 1, gap = shape.interleaved ? 1 : half;
-  for (int i = 0; i < half; ++i) {
-    const float a = x[i * step], b = x[i * step + gap];
-    x[i * step] = a * cos[i] - b * sin[i];
-    x[i * step + gap] = b * cos[i] + a * sin[i];
+// STEP 1: the pairs are half of the rotated dims apart, 2: they are neighbours.
+template <int STEP>
+void rotate_head(float* x, const float* cos, const float* sin, int half) {
+  const int gap = STEP == 2 ? 1 : half;
+  int i = 0;
+  if constexpr (STEP == 1) {
+    for (; i + W <= half; i += W) {
+      const vec a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+      store(x + i, sub(mul(a, c), mul(b, s)));
+      store(x + half + i, add(mul(b, c), mul(a, s)));
+    }
+  }
+  for (; i < half; ++i) {
+    const float a = x[i * STEP], b = x[i * STEP + gap];
+    x[i * STEP] = a * cos[i] - b * sin[i];
+    x[i * STEP + gap] = b * cos[i] + a * sin[i];
   }
 }
 
@@ -162,8 +178,9 @@ void prepare(const AttentionCall& call, int64_t row) {
   if (shape.k_norm.weight) norm_heads(shape.k_norm, k, shape.num_kv_heads * d);
   if (half) {
     const float *cos = call.cos + row * half, *sin = call.sin + row * half;
-    for (int head = 0; head < shape.num_heads; ++head) rotate_head(shape, q + head * d, cos, sin);
-    for (int head = 0; head < shape.num_kv_heads; ++head) rotate_head(shape, k + head * d, cos, sin);
+    const auto rotate = shape.interleaved ? rotate_head<2> : rotate_head<1>;
+    for (int head = 0; head < shape.num_heads; ++head) rotate(q + head * d, cos, sin, half);
+    for (int head = 0; head < shape.num_kv_heads; ++head) rotate(k + head * d, cos, sin, half);
   }
   const int64_t slot = call.slots[row];
   if (slot < 0 || slot >= cache.num_blocks * cache.block_size) throw std::out_of_range("a slot is outside the cache");
