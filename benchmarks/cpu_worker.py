@@ -54,9 +54,7 @@ class LlamaCpp:
         self.lib = llama_cpp
         llama_cpp.llama_log_set(_quiet(llama_cpp), None)
         llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(
-            task["path"].encode(), llama_cpp.llama_model_default_params()
-        )
+        self.model = llama_cpp.llama_model_load_from_file(task["path"].encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = task["ctx"] * task["sequences"]
         params.n_batch, params.n_ubatch = 2048, 512

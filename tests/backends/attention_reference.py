@@ -91,22 +91,22 @@ def rotate(rope: RopeParams | None, x: Any, positions: Any) -> Any:
     return out
 
 
-def reference(case: Case, sequence: int) -> Any:
-    """All rows of one sequence: (n, H * d) in float64."""
+def reference(case: Case, sequence: int, first: int = 0) -> Any:
+    """The rows from `first` on of one sequence: (n - first, H * d) in float64."""
     p = case.params
     n, d, group = len(case.queries[sequence]), p.head_dim, p.num_heads // p.num_kv_heads
     at = np.arange(n)
     q = head_norm(p.q_norm, case.queries[sequence].astype(np.float64)).reshape(n, -1, d)
     k = head_norm(p.k_norm, case.keys[sequence].astype(np.float64)).reshape(n, -1, d)
     v = case.values[sequence].astype(np.float64).reshape(n, -1, d)
-    q, k = rotate(p.rope, q, at), rotate(p.rope, k, at)
+    q, k = rotate(p.rope, q, at)[first:], rotate(p.rope, k, at)
     scores = np.einsum("qhd,khd->hqk", q, np.repeat(k, group, 1)) * p.scale
     if p.softcap is not None:
         scores = p.softcap * np.tanh(scores / p.softcap)
-    visible = at[None, :] <= at[:, None]
+    visible = at[None, :] <= at[first:, None]
     if p.window is not None:
-        visible &= at[None, :] > at[:, None] - p.window
+        visible &= at[None, :] > at[first:, None] - p.window
     scores = np.where(visible, scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("hqk,khd->qhd", weights, np.repeat(v, group, 1)).reshape(n, -1)
+    return np.einsum("hqk,khd->qhd", weights, np.repeat(v, group, 1)).reshape(n - first, -1)

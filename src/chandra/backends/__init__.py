@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from chandra.backends.cpu.backend import CpuBackend
+from chandra.backends.virtual.backend import VirtualBackend
 from chandra.errors import DeviceError
 from chandra.memory.device import Device
 from chandra.ops.contracts import Backend
@@ -9,10 +11,10 @@ from chandra.ops.contracts import Backend
 
 def make_backend(device: Device, threads: int | None = None, isa: str | None = None) -> Backend:
     """The backend of a device. `threads` and `isa` are for the CPU's kernels. Raises DeviceError, UsageError."""
-    from chandra.backends.cpu.backend import CpuBackend  # loads the compiled module
-
     if device.kind == "cpu":
         return CpuBackend(device, threads, isa)
+    if device.kind == "virtual":
+        return VirtualBackend(device, threads, isa)
     raise DeviceError(
         f"{device.name}: this build has no kernels for {device.kind} devices",
         "leave the device out, and the model runs on the CPU",

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from chandra.backends.cpu import _cpu, plain
+from chandra.backends.cpu import _cpu
+from chandra.backends.cpu.kernels import make_weight
 from chandra.errors import UsageError
 from chandra.memory.device import Device
+from chandra.ops import registry
 from chandra.ops.contracts import (
     Activation,
     Array,
@@ -45,19 +47,21 @@ class CpuBackend(Backend):
             try:
                 _cpu.set_isa(isa)
             except ValueError as error:
-                raise UsageError(
-                    f"cannot use {isa} kernels: {error}", f"this CPU's best is {_cpu.best_isa()}"
-                ) from error
-        self._attention: dict[int, tuple[AttentionParams, Any]] = {}
-        self._ropes: list[tuple[RopeParams, Any]] = []
+                best = _cpu.best_isa()
+                raise UsageError(f"cannot use {isa} kernels: {error}", f"the best this CPU has is {best}") from error
+        self._attention: dict[int, tuple[AttentionParams, _cpu.Attention]] = {}
+        self._ropes: list[tuple[RopeParams, _cpu.Rope]] = []
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Aligned to cache lines. The system hands out large arrays as zero pages, which cost memory when written."""
         kind = np.dtype(dtype)
         nbytes = math.prod(shape) * kind.itemsize
-        raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+        raw = self._allocate(nbytes + _ALIGNMENT)
         start = -raw.ctypes.data % _ALIGNMENT
         return raw[start : start + nbytes].view(kind).reshape(shape)
+
+    def _allocate(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        return np.empty(nbytes, np.uint8)
 
     def upload(self, host: np.ndarray[Any, Any]) -> Array:
         return host
@@ -66,25 +70,28 @@ class CpuBackend(Backend):
         result: np.ndarray[Any, Any] = array
         return result
 
-    def load_weight(self, weight: PackedWeight) -> Weight:
-        return plain.load(weight)
+    def load_weight(self, weight: PackedWeight, lookup: bool = False) -> Weight:
+        """Repacked into panels, unless only rows are looked up: then it stays where it is."""
+        kernel = registry.find("linear", weight.format.name, "cpu", weight.shape)
+        handle = make_weight(weight, kernel, repack=not lookup)
+        return Weight(weight.format, weight.shape, handle.nbytes, handle)
 
     def embed(self, batch: ForwardBatch, table: Weight, scale: float, out: Array) -> None:
-        plain.embed(batch, table, scale, out)
+        _cpu.embed(batch.token_ids, table.handle, scale, out)
 
     def norm_linear(self, x: Array, norm: Norm | None, linears: tuple[Linear, ...], outs: tuple[Array, ...]) -> None:
-        plain.norm_linear(x, norm, linears, outs)
+        _cpu.norm_linear(x, norm, linears, outs)
 
     def gate_up(
         self, x: Array, norm: Norm | None, gate: Linear | None, up: Linear, activation: Activation, out: Array
     ) -> None:
-        plain.gate_up(x, norm, gate, up, activation, out)
+        _cpu.gate_up(x, norm, gate, up, activation, out)
 
     def linear_add(self, x: Array, linear: Linear, post_norm: Norm | None, residual: Array) -> None:
-        plain.linear_add(x, linear, post_norm, residual)
+        _cpu.linear_add(x, linear, post_norm, residual)
 
     def moe_add(self, x: Array, norm: Norm | None, experts: Experts, post_norm: Norm | None, residual: Array) -> None:
-        plain.moe_add(x, norm, experts, post_norm, residual)
+        _cpu.moe_add(x, norm, experts, post_norm, residual)
 
     def attention(
         self,
@@ -97,18 +104,19 @@ class CpuBackend(Backend):
         tables: KVTables,
         out: Array,
     ) -> None:
-        _, kernel = self._attention.get(id(params)) or self._bind_attention(params)
+        _, kernel = self._attention.get(id(params)) or self._bind_attention(params, cache.kv_type)
+        sizes = batch.positions, batch.query_start, batch.context_lens
         kernel(
-            *(q, k, v, batch.positions, batch.query_start, batch.context_lens),
-            *(cache.k, cache.v, cache.kv_type, cache.block_size, tables.block_table, tables.slots, out),
+            q, k, v, *sizes, cache.k, cache.v, cache.kv_type, cache.block_size, tables.block_table, tables.slots, out
         )
 
     def logits(
         self, x: Array, rows: IntArray, norm: Norm, head: Linear, scale: float, softcap: float | None, out: Array
     ) -> None:
-        plain.logits(x, rows, norm, head, scale, softcap, out)
+        _cpu.logits(x, rows, norm, head, scale, softcap, out)
 
-    def _bind_attention(self, params: AttentionParams) -> tuple[AttentionParams, Any]:
+    def _bind_attention(self, params: AttentionParams, kv_type: str) -> tuple[AttentionParams, _cpu.Attention]:
+        registry.find("attention", kv_type, "cpu", (params.head_dim,))
         kernel = _cpu.Attention(
             params.num_heads,
             params.num_kv_heads,
@@ -123,7 +131,7 @@ class CpuBackend(Backend):
         self._attention[id(params)] = params, kernel  # keeps params alive, so that its id stays its own
         return params, kernel
 
-    def _bind_rope(self, rope: RopeParams) -> Any:
+    def _bind_rope(self, rope: RopeParams) -> _cpu.Rope:
         """One kernel object for all layers with equal parameters, so that a step computes cos and sin once."""
         for known, kernel in self._ropes:
             same = known.scale == rope.scale and known.interleaved == rope.interleaved
@@ -134,5 +142,5 @@ class CpuBackend(Backend):
         return kernel
 
 
-def _head_norm(norm: Norm | None) -> Any:
+def _head_norm(norm: Norm | None) -> _cpu.HeadNorm | None:
     return None if norm is None else _cpu.HeadNorm(norm.weight, norm.bias, norm.eps, norm.kind == "layer")

@@ -12,7 +12,7 @@ namespace chandra {
 namespace {
 
 constexpr int64_t kInlineValues = 16384;  // below this, waking the pool for norms and rope costs more than it gains
-constexpr int64_t kQueryRows = 64;        // (query, head) pairs of a prefill task
+constexpr int64_t kQueryRows = 128;       // (query, head) pairs of a prefill task
 constexpr int64_t kTasksPerThread = 4;    // wanted, so that threads finish together
 
 const AttentionKernels& attention_kernels() {
@@ -69,7 +69,7 @@ void check(const AttentionCall& call) {
 
 void add_many(const AttentionCall& call, int64_t sequence, std::vector<Task>& tasks) {
   const int64_t start = call.query_start[sequence], queries = call.query_start[sequence + 1] - start;
-  const int64_t step = std::max<int64_t>(1, kQueryRows / call.group());
+  const int64_t step = std::max<int64_t>(1, kQueryRows / (call.shape->head_dim > 128 ? 2 : 1) / call.group());
   for (int64_t begin = 0; begin < queries; begin += step) {
     const int64_t end = std::min(queries, begin + step);
     const int64_t keys = call.positions[start + end - 1] + 1 - call.first_key(call.positions[start + begin]);

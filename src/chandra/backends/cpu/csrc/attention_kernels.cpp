@@ -62,10 +62,16 @@ void write_row(KvType type, const float* x, int n, uint8_t* row) {
   constexpr float f16_max = 65504.0f;  // saturate: an infinity in the cache would turn into NaN
   if (type == KvType::f32) {
     std::memcpy(row, x, static_cast<size_t>(n) * 4);
-  } else if (type == KvType::f16 || type == KvType::bf16) {
+  } else if (type == KvType::f16) {
+    int i = 0;
+    for (; i + W <= n; i += W) store_f16(row + i * 2, max(min(load(x + i), set1(f16_max)), set1(-f16_max)));
+    for (; i < n; ++i) {
+      const uint16_t half = f32_to_f16(x[i] > f16_max ? f16_max : x[i] < -f16_max ? -f16_max : x[i]);
+      std::memcpy(row + i * 2, &half, 2);
+    }
+  } else if (type == KvType::bf16) {
     for (int i = 0; i < n; ++i) {
-      const float bounded = x[i] > f16_max ? f16_max : x[i] < -f16_max ? -f16_max : x[i];
-      const uint16_t half = type == KvType::f16 ? f32_to_f16(bounded) : f32_to_bf16(x[i]);
+      const uint16_t half = f32_to_bf16(x[i]);
       std::memcpy(row + i * 2, &half, 2);
     }
   } else {
@@ -134,20 +140,30 @@ void norm_heads(const HeadNorm& norm, float* x, int total) {
     squares = sum_lanes(sum);
     for (; i < width; ++i) squares += (x[i] - mean) * (x[i] - mean);
     const float inverse = 1.0f / std::sqrt(squares / static_cast<float>(width) + norm.eps);
-    for (i = 0; i < width; ++i) {
-      x[i] = (x[i] - mean) * inverse * norm.weight[i];
-      if (norm.bias) x[i] += norm.bias[i];
+    for (i = 0; i + W <= width; i += W) {
+      const vec y = mul(mul(sub(load(x + i), set1(mean)), set1(inverse)), load(norm.weight + i));
+      store(x + i, norm.bias ? add(y, load(norm.bias + i)) : y);
     }
+    for (; i < width; ++i) x[i] = (x[i] - mean) * inverse * norm.weight[i] + (norm.bias ? norm.bias[i] : 0.0f);
   }
 }
 
-void rotate_head(const AttentionShape& shape, float* __restrict x, const float* __restrict cos,
-                 const float* __restrict sin) {
-  const int half = shape.rotary_dim / 2, step = shape.interleaved ? 2 : 1, gap = shape.interleaved ? 1 : half;
-  for (int i = 0; i < half; ++i) {
-    const float a = x[i * step], b = x[i * step + gap];
-    x[i * step] = a * cos[i] - b * sin[i];
-    x[i * step + gap] = b * cos[i] + a * sin[i];
+// STEP 1: the pairs are half of the rotated dims apart, 2: they are neighbours.
+template <int STEP>
+void rotate_head(float* x, const float* cos, const float* sin, int half) {
+  const int gap = STEP == 2 ? 1 : half;
+  int i = 0;
+  if constexpr (STEP == 1) {
+    for (; i + W <= half; i += W) {
+      const vec a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+      store(x + i, sub(mul(a, c), mul(b, s)));
+      store(x + half + i, add(mul(b, c), mul(a, s)));
+    }
+  }
+  for (; i < half; ++i) {
+    const float a = x[i * STEP], b = x[i * STEP + gap];
+    x[i * STEP] = a * cos[i] - b * sin[i];
+    x[i * STEP + gap] = b * cos[i] + a * sin[i];
   }
 }
 
@@ -162,8 +178,9 @@ void prepare(const AttentionCall& call, int64_t row) {
   if (shape.k_norm.weight) norm_heads(shape.k_norm, k, shape.num_kv_heads * d);
   if (half) {
     const float *cos = call.cos + row * half, *sin = call.sin + row * half;
-    for (int head = 0; head < shape.num_heads; ++head) rotate_head(shape, q + head * d, cos, sin);
-    for (int head = 0; head < shape.num_kv_heads; ++head) rotate_head(shape, k + head * d, cos, sin);
+    const auto rotate = shape.interleaved ? rotate_head<2> : rotate_head<1>;
+    for (int head = 0; head < shape.num_heads; ++head) rotate(q + head * d, cos, sin, half);
+    for (int head = 0; head < shape.num_kv_heads; ++head) rotate(k + head * d, cos, sin, half);
   }
   const int64_t slot = call.slots[row];
   if (slot < 0 || slot >= cache.num_blocks * cache.block_size) throw std::out_of_range("a slot is outside the cache");
@@ -264,6 +281,8 @@ void finish(const float* total, Stats stats, int n, float* out) {
 
 // ---- few queries: keys and values in place
 
+constexpr int kAhead = 64;  // keys: the distance at which they are fetched into the cache
+
 // Products of R queries with one key, for each lane.
 template <int R>
 struct Sums {
@@ -276,6 +295,14 @@ struct KeyBlock {
   int64_t stride;
   const float* q;
   int padded;
+  const uint8_t *ahead, *values;  // rows to fetch meanwhile: keys further on, the values of these keys
+
+  CHANDRA_INLINE void fetch(int key) const {
+    for (int64_t at = 0; at < stride; at += 64) {
+      __builtin_prefetch(ahead + key * stride + at, 0, 3);
+      __builtin_prefetch(values + key * stride + at, 0, 2);
+    }
+  }
 
   // The scores of the W / STEP keys KEY, KEY + STEP, …, folded so far.
   template <int KEY, int STEP>
@@ -283,6 +310,7 @@ struct KeyBlock {
     Sums<R> x;
     if constexpr (STEP == W) {
       const uint8_t* row = base + KEY * stride;
+      fetch(KEY);
       for (int r = 0; r < R; ++r) x.row[r] = zero();
       for (int j = 0; j < padded / W; ++j) {
         const vec k = load_kv<T>(row, j);
@@ -298,9 +326,12 @@ struct KeyBlock {
 };
 
 template <KvType T, int R>
-void few_scores(const Pages& pages, int64_t begin, int64_t end, int64_t tile, const float* q, int padded, float* scores) {
+void few_scores(const Pages& pages, int64_t begin, int64_t end, int64_t last, int64_t tile, const float* q, int padded,
+                float* scores) {
   for (int64_t key = begin / W * W; key < end; key += W) {
-    const KeyBlock<T, R> block{pages.cache.k + pages.offset(key), pages.cache.row_bytes, q, padded};
+    const int64_t offset = pages.offset(key), further = key + kAhead < last ? pages.offset(key + kAhead) : offset;
+    const KeyBlock<T, R> block{pages.cache.k + offset, pages.cache.row_bytes,      q, padded,
+                               pages.cache.k + further, pages.cache.v + offset};
     const Sums<R> x = block.template scores<0, 1>();
     for (int r = 0; r < R; ++r) store(scores + r * kTile + (key - tile), x.row[r]);
   }
@@ -363,7 +394,7 @@ void few(const AttentionCall& call, int64_t sequence, int kv_head, int64_t begin
       }
       const auto both = [&](auto constant) {
         constexpr int R = decltype(constant)::value;
-        few_scores<T, R>(pages, low, high, tile, q + r0 * d, d, scores + r0 * kTile);
+        few_scores<T, R>(pages, low, high, end, tile, q + r0 * d, d, scores + r0 * kTile);
         Stats stats[R];
         for (int r = 0; r < R; ++r) {
           const Query& x = query[r0 + r];

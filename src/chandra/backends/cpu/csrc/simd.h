@@ -75,9 +75,13 @@ CHANDRA_INLINE vec mul(vec a, vec b) { return _mm512_mul_ps(a, b); }
 CHANDRA_INLINE vec div(vec a, vec b) { return _mm512_div_ps(a, b); }
 CHANDRA_INLINE vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 CHANDRA_INLINE vec max(vec a, vec b) { return _mm512_max_ps(a, b); }
+CHANDRA_INLINE vec min(vec a, vec b) { return _mm512_min_ps(a, b); }
 CHANDRA_INLINE float max_lane(vec a) { return _mm512_reduce_max_ps(a); }
 CHANDRA_INLINE vec load_f16(const void* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+CHANDRA_INLINE void store_f16(void* p, vec x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 CHANDRA_INLINE vec load_bf16(const void* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
@@ -135,12 +139,16 @@ CHANDRA_INLINE vec mul(vec a, vec b) { return _mm256_mul_ps(a, b); }
 CHANDRA_INLINE vec div(vec a, vec b) { return _mm256_div_ps(a, b); }
 CHANDRA_INLINE vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 CHANDRA_INLINE vec max(vec a, vec b) { return _mm256_max_ps(a, b); }
+CHANDRA_INLINE vec min(vec a, vec b) { return _mm256_min_ps(a, b); }
 CHANDRA_INLINE float max_lane(vec a) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));
   return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
 CHANDRA_INLINE vec load_f16(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+CHANDRA_INLINE void store_f16(void* p, vec x) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 CHANDRA_INLINE vec load_bf16(const void* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
@@ -221,6 +229,9 @@ CHANDRA_INLINE vec fma(vec a, vec b, vec c) {
 CHANDRA_INLINE vec max(vec a, vec b) {
   return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
+CHANDRA_INLINE vec min(vec a, vec b) {
+  return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
 CHANDRA_INLINE float max_lane(vec a) {
   float m = a.lane[0];
   for (int i = 1; i < W; ++i) m = a.lane[i] > m ? a.lane[i] : m;
@@ -228,6 +239,12 @@ CHANDRA_INLINE float max_lane(vec a) {
 }
 CHANDRA_INLINE vec load_f16(const void* p) {
   return each([&](int i) { return f16_to_f32(static_cast<const uint16_t*>(p)[i]); });
+}
+CHANDRA_INLINE void store_f16(void* p, vec x) {
+  for (int i = 0; i < W; ++i) {
+    const uint16_t half = f32_to_f16(x.lane[i]);
+    std::memcpy(static_cast<uint8_t*>(p) + i * 2, &half, 2);
+  }
 }
 CHANDRA_INLINE vec load_bf16(const void* p) {
   return each([&](int i) { return bf16_to_f32(static_cast<const uint16_t*>(p)[i]); });

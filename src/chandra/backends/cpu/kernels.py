@@ -1,0 +1,44 @@
+"""The kernels of the compiled module, for the registry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from chandra.backends.cpu import _cpu
+from chandra.ops import registry
+from chandra.ops.registry import Kernel
+from chandra.quant import Format, formats, get_format
+from chandra.quant.base import PackedWeight
+
+PANELS, UNPACKED = "panels", "unpacked to F32"
+
+
+def make_weight(weight: PackedWeight, kernel: Kernel, repack: bool) -> _cpu.Weight:
+    """The weight as its kernel wants it: in memory of its own, or (not `repack`) where it is if that can be."""
+    if kernel.name == UNPACKED:
+        return _cpu.Weight("F32", weight.shape, {"data": weight.unpack().numpy().view(np.uint8)}, True)
+    return _cpu.Weight(weight.format.name, weight.shape, dict(weight.parts), repack)
+
+
+def _has_panels(form: Format) -> Any:
+    def supports(shape: tuple[int, ...]) -> bool:
+        try:
+            _cpu.repacked_nbytes(form.name, shape)
+        except ValueError:
+            return False
+        return True
+
+    return supports
+
+
+def _whole_blocks(kv_type: str) -> Any:
+    return lambda shape: shape[0] % getattr(get_format(kv_type), "block_size", 1) == 0
+
+
+for _form in formats():
+    registry.register(Kernel("linear", _form.name, "cpu", PANELS, _cpu.isa, _has_panels(_form)))
+    registry.register(Kernel("linear", _form.name, "cpu", UNPACKED, _cpu.isa))
+for _kv_type in ("f32", "f16", "bf16", "q8_0", "q4_0"):
+    registry.register(Kernel("attention", _kv_type, "cpu", "paged", _cpu.isa, _whole_blocks(_kv_type)))

@@ -1,0 +1,1 @@
+"""Virtual devices: capped arenas in host memory, computed by the CPU kernels."""
