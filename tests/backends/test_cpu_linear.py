@@ -195,6 +195,19 @@ def test_zeros_and_huge_activations() -> None:
     np.testing.assert_allclose(out[1], x[1].astype(np.float64) @ exact.T, rtol=1e-4, atol=1e24)
 
 
+@pytest.mark.usefixtures("_isa")
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_not_hidden(bad: float, rng: np.random.Generator) -> None:
+    for name in ("Q4_0", "Q4_1", "Q6_K", "F32"):
+        weight, _ = make(get_format(name), (37, 512))
+        x = rng.standard_normal((3, 512), np.float32)
+        clean = product(weight, x)
+        x[1, rng.integers(512)] = bad
+        out = product(weight, x)
+        assert not np.isfinite(out[1]).any()
+        assert np.array_equal(out[::2], clean[::2])
+
+
 def test_parts_that_do_not_fit_are_refused() -> None:
     data = np.zeros((4, 18), np.uint8)
     for name, shape, parts, message in (

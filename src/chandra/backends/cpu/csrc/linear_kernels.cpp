@@ -127,16 +127,20 @@ void quantize_block(const float* x, ActBlock& out) {
   using F = typename S::F;
   using I = typename S::I;
   constexpr int n = kBlock / S::lanes;
-  F v[n], top{};
+  F v[n];
+  I top{};  // as integers, floats without sign compare alike, and NaN is the largest: it must reach the scale
   for (int i = 0; i < n; ++i) {
     v[i] = S::template load<F>(x + i * S::lanes);
-    top = S::max(top, S::abs(v[i]));
+    const I bits = (I)S::abs(v[i]);
+    top = top > bits ? top : bits;
   }
-  const float amax = S::largest(top);
+  const int32_t top_bits = S::largest(top);
+  float amax;
+  std::memcpy(&amax, &top_bits, sizeof amax);
   const float inverse = amax > 1e-36f ? 127.0f / amax : 0.0f;
   I sums[2] = {};
   for (int i = 0; i < n; ++i) {
-    const I q = S::to_int(S::round(v[i] * inverse));
+    const I q = S::to_int(S::round(S::max(v[i] * inverse, S::splat(-127.0f))));  // NaN becomes -127
     sums[2 * i / n] += q;
     S::store_i8(out.q + i * S::lanes, q);
   }

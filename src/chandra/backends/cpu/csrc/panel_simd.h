@@ -138,8 +138,8 @@ struct Simd {
   static CHANDRA_INLINE auto sum(V v) {
     return reduce<kLanes / 2>(v, [](V a, V b) CHANDRA_LAMBDA { return a + b; })[0];
   }
-  static CHANDRA_INLINE float largest(F v) {
-    return reduce<kLanes / 2>(v, [](F a, F b) CHANDRA_LAMBDA { return Self::max(a, b); })[0];
+  static CHANDRA_INLINE int32_t largest(I v) {
+    return reduce<kLanes / 2>(v, [](I a, I b) CHANDRA_LAMBDA { return a > b ? a : b; })[0];
   }
 };
 
