@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from chandra.memory.device import Device
 from chandra.memory.plan import Plan
 from chandra.planner.assemble import assemble
-from chandra.planner.calibrate import discover
+from chandra.planner.calibrate import calibrate, discover
 from chandra.planner.cost import ASSUMED_HOST, Machine, Profile, Rate, machine_with
+from chandra.planner.explain import counterfactuals
 from chandra.planner.planner import Constraints, check, search
 from chandra.planner.refuse import does_not_fit
 from chandra.planner.request import PlanRequest
@@ -22,6 +23,8 @@ __all__ = [
     "PlannableModel",
     "Profile",
     "Rate",
+    "calibrate",
+    "counterfactuals",
     "discover",
     "machine_with",
     "plan",

@@ -49,7 +49,8 @@ def assemble(found: Found, devices: Sequence[Device], reserve: int) -> Plan:
         warnings=_warnings(candidate, devices, reserve),
     )
     for device in devices:  # the search has seen to it; a plan that breaks its promise must not leave this place
-        assert plan.predicted(device.name) + reserve <= device.cap, f"{device.name} is over its cap"
+        used = plan.predicted(device.name)
+        assert not used or used + reserve <= device.cap, f"{device.name} is over its cap"
     return plan
 
 

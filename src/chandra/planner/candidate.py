@@ -72,8 +72,22 @@ class Candidate:
         return np.array([known[shape] for shape in shapes], np.float64)
 
     def weights(self, device: str) -> Floats:
-        pieces = self.pieces(device)
-        return np.add(pieces.dense, pieces.experts, dtype=np.float64)
+        return _sum(self.pieces(device))
+
+    @cached_property
+    def least_need(self) -> Floats:
+        """Bytes of each layer and its cache that no device can do without."""
+        return np.minimum(self.weights(HOST), _sum(self.sizes.packed)) + self.kv_need
+
+    def least_rate(self, device: str, gpus: Sequence[Device]) -> float:
+        """The least seconds per byte of any layer on a device; on the host, however it is offloaded."""
+        seconds = self.request_seconds("resident", device)
+        if device == HOST:
+            for gpu in gpus:
+                seconds = np.minimum(seconds, self.request_seconds("stream", gpu.name))
+                if any(self.sizes.packed.experts):
+                    seconds = np.minimum(seconds, self.request_seconds("resident", gpu.name, apart=True))
+        return float((seconds / self.least_need).min())
 
     def workspace(self, device: str, head: bool, layers: Sequence[int] | None = None) -> int:
         """Bytes of activation buffers, and of the CPU kernels' own. `layers`: those held; None: any of them."""
@@ -149,11 +163,12 @@ class Candidate:
             taken += pieces.embedding
         return taken
 
-    def taken(self, device: Device, head: bool, computes: bool = True) -> int:
+    def taken(self, device: str, head: bool, computes: bool = True) -> int:
         """Bytes of everything but layers and their cache on a device that computes layers or only passes them on."""
-        layers = None if computes else ()
-        outside = self.outer_weights(device.name, head) + self.workspace(device.name, head, layers)
-        return self.machine.of(device.name).runtime + outside
+        key = ("workspace", self.pieces(device) is self.sizes.host, head, computes)
+        if key not in self._cache:
+            self._cache[key] = self.workspace(device, head, None if computes else ())
+        return int(self.machine.of(device).runtime + self.outer_weights(device, head) + self._cache[key])
 
     def tier(self, device: Device, head: bool, room: float, allowed: Sequence[bool]) -> Tier:
         """The device as a place for layers. `room`: bytes left for them."""
@@ -190,3 +205,7 @@ class Candidate:
             fixed_first=staging if mode == "stream" else 0.0,
             fixed_host=staging if mode == "stream" or disk_layers else 0.0,
         )
+
+
+def _sum(pieces: Pieces) -> Floats:
+    return np.add(pieces.dense, pieces.experts, dtype=np.float64)

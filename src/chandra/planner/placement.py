@@ -16,11 +16,12 @@ from typing import Any, Literal
 import numpy as np
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+Ends = np.ndarray[Any, np.dtype[np.intp]]
 State = tuple[int, ...]  # how many devices of each class are left
 Run = tuple[float, int, int, State]  # time from its start to the end of the model, class, end, devices left
 Mode = Literal["host", "stream", "experts"]
 
-STAGE_BOUNDS = 40  # how finely the time of the slowest stage is searched
+STAGE_BOUNDS = 24  # how finely the time of the slowest stage is searched
 BALANCE = 0.25  # weight of the slowest stage against the sum of stages
 
 
@@ -73,13 +74,15 @@ class Splitter:
         self.classes = _classes(tiers, last)
         self.bounds = _stage_bounds(tiers, num_layers)
         self._rest: dict[State, Floats] = {}
+        self._limits: dict[str, tuple[Floats, Ends]] = {}
 
-    def best(self, offload: Offload | None = None, host_room: float = 0.0) -> Split | None:
-        """The cheapest feasible split: nothing offloaded, or any number of layers as `offload` says."""
+    def best(self, offload: Offload | None = None, host_room: float = 0.0, below: float = float("inf")) -> Split | None:
+        """The cheapest feasible split: nothing offloaded, or any number of layers as `offload` says. None if there is
+        none that costs less than `below`."""
         everything = tuple(len(tiers) for tiers in self.classes)
         if offload is None:
             score = self._cost_from(everything)[:, :1] + BALANCE * self.bounds[:, None]
-            return self._trace(score, everything, None)
+            return self._trace(score, everything, None, below)
         seconds, on_host = _sums(offload.seconds, 0.0), _sums(offload.host_need, offload.fixed_host)
         rest = self._cost_from(everything)
         if offload.first is not None:
@@ -88,7 +91,7 @@ class Splitter:
             idle = np.where(on_first <= tier.room, self._cost_from(left), np.inf)  # it only works for the others
             rest = np.minimum(idle, self._run(tier, tier.room - on_first, self._cost_from(left)))
         total = rest + np.where(on_host <= host_room, seconds, np.inf)
-        return self._trace(total + BALANCE * np.maximum(self.bounds[:, None], seconds), everything, offload)
+        return self._trace(total + BALANCE * np.maximum(self.bounds[:, None], seconds), everything, offload, below)
 
     def firsts(self) -> list[str]:
         """One device of each class."""
@@ -135,20 +138,23 @@ class Splitter:
         least = np.minimum(table[level, bound, first], table[level, bound, np.maximum(ends + 1 - (1 << level), 0)])
         return np.where(length > 0, least - time, np.inf)
 
-    def _ends(self, tier: Tier, room: float | Floats) -> tuple[Floats, np.ndarray[Any, np.dtype[np.intp]]]:
+    def _ends(self, tier: Tier, room: float | Floats) -> tuple[Floats, Ends]:
         """Summed times, and [bound, i]: where a run that starts at i must end at the latest."""
-        time = np.concatenate([[0.0], np.cumsum(tier.seconds)])
+        if tier.name not in self._limits:
+            time = _sums(tier.seconds, 0.0)
+            in_time = np.searchsorted(time, (time + (self.bounds[:, None] - tier.fixed)).ravel(), side="right") - 1
+            self._limits[tier.name] = time, in_time.reshape(len(self.bounds), -1)
+        time, in_time = self._limits[tier.name]
         need = np.concatenate([[0.0], np.cumsum(np.where(np.isfinite(tier.need), tier.need, 0.0))])
         barred = np.append(np.flatnonzero(~np.isfinite(tier.need)), self.num_layers)
         ends = np.searchsorted(need, need + room, side="right") - 1
         ends = np.minimum(ends, barred[np.searchsorted(barred, np.arange(self.num_layers + 1))])
-        in_time = np.searchsorted(time, (time + (self.bounds[:, None] - tier.fixed)).ravel(), side="right") - 1
-        return time, np.minimum(ends, in_time.reshape(len(self.bounds), -1))
+        return time, np.minimum(ends, in_time)
 
-    def _trace(self, score: Floats, state: State, offload: Offload | None) -> Split | None:
+    def _trace(self, score: Floats, state: State, offload: Offload | None, below: float) -> Split | None:
         """Follow the choices that made the best score."""
         bound, off = (int(x) for x in np.unravel_index(int(np.argmin(score)), score.shape))
-        if not np.isfinite(score[bound, off]):
+        if not score[bound, off] < below:
             return None
         order: list[str] = []
         counts: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from chandra.memory.device import Device
 from chandra.memory.plan import Objective, Workload
 from chandra.planner.candidate import HOP, HOST, Candidate
 from chandra.planner.cost import Machine
-from chandra.planner.placement import Mode, Offload, Split, Splitter
+from chandra.planner.placement import BALANCE, Mode, Offload, Split, Splitter
 from chandra.planner.sizes import ModelSizes, PlannableModel
 
 CONTEXTS = (8192, 4096, 2048, 1024, 512)  # tried when the user names none
@@ -55,6 +56,11 @@ class Found:
     head: str
     score: tuple[float, ...]
 
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is offloaded."""
+        return self.score[0] % 2 == 0 and not self.split.off
+
 
 @dataclass(frozen=True)
 class _Option:
@@ -84,8 +90,12 @@ def check(model: PlannableModel, devices: Sequence[Device], c: Constraints) -> N
         held = sorted(index for index, device in owner.items() if device == name)
         if held and held[-1] - held[0] >= len(held):
             raise UsageError(f"--layers gives {name} layers with a gap", "a device holds one run of layers")
-    if len(owner) < count and names <= c.layers.keys():
-        raise UsageError(f"--layers leaves out {count - len(owner)} layers", "name all layers, or fewer devices")
+    gaps = sum(index not in owner and (index == 0 or index - 1 in owner) for index in range(count))
+    if gaps > len(names - c.layers.keys()):
+        raise UsageError(
+            f"--layers leaves {gaps} runs of layers to {len(names - c.layers.keys())} devices",
+            "a device holds one run of layers: name all of them, or fewer devices",
+        )
     if c.context is not None and not 0 < c.context <= model.spec.max_position:
         raise UsageError(
             f"a context of {c.context} tokens was asked for",
@@ -104,17 +114,17 @@ def search(model: PlannableModel, devices: Sequence[Device], machine: Machine, c
     for option in _options(model, c, len(devices) > 1):
         groups[_rank(option, model, c)].append(option)
     for rank in sorted(groups):
+        sites = [site for option in groups[rank] for site in _sites(model, option, devices, machine, c)]
         best: Found | None = None
-        bounded = []
-        for option in groups[rank]:
-            candidate = _candidate(model, option, machine, c)
-            bounded.append((_lower_bound(candidate, devices, option.spill), candidate, option.spill))
-        for bound, candidate, spill in sorted(bounded, key=lambda entry: entry[0]):
-            if bound >= (best.score[-1] if best else float("inf")):
+        for site in sorted(sites, key=lambda site: site.bound):
+            least = best.score[-1] if best else float("inf")
+            if site.bound >= least:
                 break
-            for split, offload, head in _placements(candidate, devices, c, spill):
-                if best is None or split.cost < best.score[-1]:
-                    best = Found(candidate, split, offload, head, (*rank, split.cost))
+            for offload in site.offloads(c):
+                split = site.splitter.best(offload, site.room[HOST], least - site.head_seconds)
+                if split is not None:
+                    least = split.cost + site.head_seconds
+                    best = Found(site.candidate, split, offload, site.head.name, (*rank, least))
         if best is not None:
             return best
     return None
@@ -126,7 +136,7 @@ def _options(model: PlannableModel, c: Constraints, has_gpus: bool) -> Iterator[
     contexts = [c.context] if c.context else sorted({min(longest, n) for n in CONTEXTS}, reverse=True)
     enough = [n for n in contexts if n >= min(SHORT_CONTEXT, longest)]
     parallels = (c.parallel,) if c.parallel else PARALLEL if c.objective == "throughput" else (1,)
-    chunks = (c.chunk,) if c.chunk else tuple(n for n in CHUNKS if n >= max(parallels)) or (max(parallels),)
+    chunks = (c.chunk,) if c.chunk else tuple(n for n in CHUNKS if n >= min(parallels)) or parallels
     spills: list[Spill] = [0] if not has_gpus else [0, 1] if c.objective == "quality" else [1]
     for sizes in model.variants:
         if c.format is not None and sizes.label.lower() != c.format.lower():
@@ -139,7 +149,7 @@ def _options(model: PlannableModel, c: Constraints, has_gpus: bool) -> Iterator[
                     if kv_type == "q8_0" and any(layer.attention.head_dim % 32 for layer in model.spec.layers):
                         continue
                     for chunk in chunks:
-                        for parallel in parallels:
+                        for parallel in (n for n in parallels if n <= chunk):
                             yield _Option(sizes, context, kv_type, chunk, parallel, spill)
 
 
@@ -158,96 +168,107 @@ def _rank(option: _Option, model: PlannableModel, c: Constraints) -> tuple[float
     return (kind, model.variants.index(option.sizes), -option.context, kv_rank, -option.chunk)
 
 
-def _candidate(model: PlannableModel, option: _Option, machine: Machine, c: Constraints) -> Candidate:
+@dataclass(frozen=True, eq=False)
+class _Site:
+    """A candidate with the device of its head: where its layers may lie."""
+
+    candidate: Candidate
+    devices: Sequence[Device]
+    head: Device
+    spill: Spill
+    room: Mapping[str, float]  # bytes of each device for layers and their cache
+    allowed: Mapping[str, Sequence[bool]]
+    hosted: bool  # runs of layers may lie on the host as on any device
+
+    @cached_property
+    def gpus(self) -> list[Device]:
+        return [device for device in self.devices if device.name != HOST]
+
+    @cached_property
+    def head_seconds(self) -> float:
+        return self.candidate.head_seconds(self.head.name)
+
+    @cached_property
+    def bound(self) -> float:
+        """A cost that no placement can be below: bytes are poured into the devices, those with the least time per byte
+        first. Infinite if they cannot hold them."""
+        places = [device for device in self.devices if device.name != HOST or self.spill or self.hosted]
+        need = self.candidate.least_need
+        rooms = {d.name: float("inf") if d.name == HOST and self.spill else self.room[d.name] for d in places}
+        if need.sum() > sum(rooms.values()):
+            return float("inf")
+        left, cost = float(need.sum()), 0.0
+        for rate, name in sorted((self.candidate.least_rate(d.name, self.gpus), d.name) for d in places):
+            part = max(0.0, min(left, rooms[name]))
+            left, cost = left - part, cost + rate * part
+        return cost * (1 + BALANCE / len(places)) + self.head_seconds
+
+    @cached_property
+    def splitter(self) -> Splitter:
+        named = [device for device in self.devices if device.name != HOST or self.hosted]
+        tiers = [self.candidate.tier(d, d is self.head, self.room[d.name], self.allowed[d.name]) for d in named]
+        return Splitter(tiers, self.candidate.num_layers, self.head.name, HOP)
+
+    def offloads(self, c: Constraints) -> Iterator[Offload | None]:
+        """Ways to hold what does not lie on a device. The user's own ranges leave nothing to offload."""
+        candidate = self.candidate
+        if self.spill < 2:
+            yield None
+        if not self.spill or c.layers:
+            return
+        steps = [0]
+        if self.spill == 2:
+            count, sums = candidate.num_layers, np.cumsum(candidate.weights("disk"))
+            steps = sorted({-(-count * step // DISK_STEPS) for step in range(1, DISK_STEPS + 1)})
+            steps = [n for n in steps if sums[n - 1] <= c.disk]
+        if not self.gpus:
+            yield from (candidate.offload("host", HOST, n) for n in steps)
+            return
+        for n in steps:
+            on_cpu = candidate.offload("host", None, n)
+            if "host" in c.modes:
+                yield on_cpu
+            roomy = "host" in c.modes and on_cpu.host_need.sum() + on_cpu.fixed_host <= self.room[HOST]
+            for name in self.splitter.firsts():
+                if "stream" in c.modes:
+                    streamed = candidate.offload("stream", name, n)
+                    if not (roomy and (streamed.seconds >= on_cpu.seconds).all()):  # else it cannot win
+                        yield streamed
+                if "experts" in c.modes and any(candidate.sizes.packed.experts):
+                    yield candidate.offload("experts", name, n)
+
+
+def _sites(
+    model: PlannableModel, option: _Option, devices: Sequence[Device], machine: Machine, c: Constraints
+) -> Iterator[_Site]:
+    """The option with each device that may have the head; of devices that differ in nothing but their names the last
+    one, where the last layers will lie."""
     workload = Workload(option.context, option.parallel, c.objective, min(c.prompt, option.context))
     sequences = min(max(option.parallel, SEQUENCES), option.chunk)
-    return Candidate(model, option.sizes, workload, option.kv_type, option.chunk, sequences, machine)
-
-
-def _lower_bound(candidate: Candidate, devices: Sequence[Device], spill: Spill) -> float:
-    """A cost that no placement can be below: bytes are poured into the devices, those with the least time per byte
-    first. Infinite if they cannot hold them."""
-    gpus = [device for device in devices if device.name != HOST]
-    places = [device for device in devices if device.name != HOST or spill or not gpus]
-    need = np.minimum.reduce([candidate.weights(device.name) for device in places]) + candidate.kv_need
-    if spill < 2 and need.sum() > sum(device.cap for device in places):
-        return float("inf")
-    rates = []
-    for device in places:
-        seconds = candidate.request_seconds("resident", device.name)
-        room = float(device.cap)
-        if device.name == HOST and gpus:  # what is offloaded may be streamed, or lie apart
-            room = float("inf")
-            for gpu in gpus:
-                for apart in (False, True) if any(candidate.sizes.packed.experts) else (False,):
-                    seconds = np.minimum(seconds, candidate.request_seconds("stream", gpu.name, apart))
-        if spill == 2:
-            room = float("inf")
-        rates.append((float((seconds / need).min()), room))
-    left, cost = float(need.sum()), 0.0
-    for rate, room in sorted(rates):
-        part = min(left, room)
-        left, cost = left - part, cost + rate * part
-    return cost + min(candidate.head_seconds(device.name) for device in places)
-
-
-def _placements(
-    candidate: Candidate, devices: Sequence[Device], c: Constraints, spill: Spill
-) -> Iterator[tuple[Split, Offload | None, str]]:
-    """The best placement for each device of the head and each way to offload."""
-    host = next(device for device in devices if device.name == HOST)
-    gpus = [device for device in devices if device.name != HOST]
-    named = [*gpus, *([host] if c.layers or not gpus else [])]
+    candidate = Candidate(model, option.sizes, workload, option.kv_type, option.chunk, sequences, machine)
+    if option.spill < 2 and candidate.least_need.sum() > sum(device.cap for device in devices):
+        return
     allowed = {device.name: _allowed(c.layers, device.name, candidate.num_layers) for device in devices}
-    for head in [*_distinct(candidate, gpus, allowed), *([host] if spill or not gpus else [])]:
+    alone, spill = len(devices) == 1, option.spill
+    heads = {
+        (d.cap, d.kind, machine.of(d.name), allowed[d.name]): d for d in devices if d.name != HOST or spill or alone
+    }
+    hosted = alone or HOST in c.layers or bool(spill and c.layers)
+    for head in heads.values():
         room = {}
         for device in devices:
-            computes = device.name != HOST or spill > 0 or not gpus
-            taken = candidate.taken(device, device is head, computes) + c.reserve
-            room[device.name] = device.cap - taken - (loading_bytes(candidate, devices) if device is host else 0)
-        if room[HOST] < 0:
-            continue
-        tiers = [candidate.tier(d, d is head, room[d.name], allowed[d.name]) for d in named]
-        splitter = Splitter(tiers, candidate.num_layers, head.name, HOP)
-        for offload in _offloads(candidate, splitter, c, spill, bool(gpus)):
-            split = splitter.best(offload, room[HOST])
-            if split is not None:
-                cost = split.cost + candidate.head_seconds(head.name)
-                yield Split(split.off, split.order, split.counts, cost), offload, head.name
+            computes = device.name != HOST or spill > 0 or hosted
+            taken = candidate.taken(device.name, device is head, computes) + c.reserve
+            room[device.name] = float(device.cap - taken)
+        room[HOST] -= loading_bytes(candidate, devices)
+        if min(room[HOST], room[head.name]) >= 0:
+            yield _Site(candidate, devices, head, spill, room, allowed, hosted)
 
 
 def loading_bytes(candidate: Candidate, devices: Sequence[Device]) -> int:
     """Bytes of the host that loading needs besides the result: a tensor, unless it only maps the file."""
     copies = any(device.kind in ("cuda", "assumed") for device in devices)
     return candidate.sizes.largest if copies or candidate.sizes.convert else 0
-
-
-def _offloads(
-    candidate: Candidate, splitter: Splitter, c: Constraints, spill: Spill, has_gpus: bool
-) -> Iterator[Offload | None]:
-    """Ways to hold what does not lie on a device. The user's own ranges leave nothing to offload."""
-    if spill < 2:
-        yield None
-    if not spill or c.layers:
-        return
-    modes: list[tuple[Mode, str | None]] = []
-    for mode in c.modes if has_gpus else ("host",):
-        if mode != "experts" or any(candidate.sizes.packed.experts):
-            modes += [(mode, name) for name in splitter.firsts()] if mode != "host" or not has_gpus else [(mode, None)]
-    steps: list[int] = [0]
-    if spill == 2:
-        count = candidate.num_layers
-        steps = sorted({-(-count * step // DISK_STEPS) for step in range(1, DISK_STEPS + 1)})
-        sums = np.cumsum(candidate.weights("disk"))
-        steps = [n for n in steps if sums[n - 1] <= c.disk]
-    for mode, name in modes:
-        for disk_layers in steps:
-            yield candidate.offload(mode, name, disk_layers)
-
-
-def _distinct(candidate: Candidate, gpus: Sequence[Device], allowed: Mapping[str, Sequence[bool]]) -> list[Device]:
-    """Devices that differ in more than names; of equal ones the last, where the last layers will lie."""
-    return list({(d.cap, d.kind, candidate.machine.of(d.name), tuple(allowed[d.name])): d for d in gpus}.values())
 
 
 def _allowed(ranges: Mapping[str, Sequence[tuple[int, int]]], device: str, num_layers: int) -> tuple[bool, ...]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from chandra.errors import DoesNotFit
 from chandra.memory.device import Device, format_size
-from chandra.planner.candidate import HOST
 from chandra.planner.cost import Machine
 from chandra.planner.planner import Constraints, search
 from chandra.planner.sizes import PlannableModel
@@ -51,7 +50,7 @@ def smaller_requests(model: PlannableModel, devices: Sequence[Device], machine: 
 
 
 def more_memory(model: PlannableModel, devices: Sequence[Device], machine: Machine, c: Constraints) -> list[str]:
-    """For each device, how large it would have to be, those that lack least first."""
+    """For each device, how large it would have to be, those that lack least first; or for all of them together."""
     lacks = []
     for index, device in enumerate(devices):
         if any(same_kind(device, other) for other in devices[:index]):
@@ -63,10 +62,18 @@ def more_memory(model: PlannableModel, devices: Sequence[Device], machine: Machi
         cap = smallest_cap(fits, device.cap)
         if cap is not None:
             lacks.append((cap - device.cap, f"with {format_size(cap)} on {device.name}"))
-    if not c.disk and any(device.name == HOST for device in devices):
+    if not c.disk:
         total = model.variants[-1].packed.total
         if search(model, devices, machine, replace(c, disk=total)):
             lacks.append((MOST, f"slowly, with --disk {format_size(total).replace(' ', '')}"))
+    if not lacks:
+
+        def all_fit(more: int) -> bool:
+            larger = [replace(device, cap=device.cap + more) for device in devices]
+            return search(model, larger, machine, c) is not None
+
+        more = smallest_cap(all_fit, 0)
+        lacks += [(more, f"with {format_size(more)} more on every device")] if more else []
     return [text for _, text in sorted(lacks)]
 
 
@@ -81,11 +88,11 @@ def with_cap(devices: Sequence[Device], index: int, cap: int) -> list[Device]:
 def smallest_cap(fits: Callable[[int], bool], cap: int) -> int | None:
     """The least multiple of 64 MiB above `cap` that fits (within 1 %), or None. More memory never fits worse."""
     unit = 64 << 20
+    if not fits(MOST):
+        return None
     low, high = cap, cap + unit
     while not fits(high):
         low, high = high, 2 * high
-        if high > MOST:
-            return None
     while high - low > max(unit, high // 100):
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)

@@ -1,0 +1,167 @@
+"""What every plan keeps, over thousands of random models, machines and wishes."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from dataclasses import replace
+
+import pytest
+from planner_models import random_constraints, random_devices, random_machine, random_model
+
+from chandra.errors import DoesNotFit, UsageError
+from chandra.kvcache.layout import group_layers
+from chandra.memory.plan import Plan
+from chandra.models import workspace_bytes
+from chandra.planner import Constraints, PlannableModel, plan
+from chandra.planner.planner import check, search
+
+
+def seeds(quick: int, thorough: int) -> list[object]:
+    """A few seeds for every run, and many for the slow one."""
+    return [*range(quick), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(quick, thorough))]
+
+
+def bytes_of(made: Plan, model: PlannableModel) -> dict[str, int]:
+    """Bytes on each device, from the plan's parts and the limits that the engine will allocate by."""
+    used: dict[str, int] = defaultdict(int)
+    sizes = next(v for v in model.variants if v.label == made.format)
+    largest = max(sizes.packed.layer(i) for i in range(model.spec.num_layers))
+    used["cpu"] = 1 << 20  # the process
+    for part in made.parts():
+        if part.placement != "disk":
+            used[part.device if part.placement == "resident" else "cpu"] += part.nbytes
+    for device in made.devices:
+        slow = [p.placement for p in made.parts() if p.device == device.name and p.placement in ("stream", "disk")]
+        staged = "stream" in slow or ("disk" in slow and device.name != "cpu")
+        used[device.name] += 2 * largest * staged
+    used["cpu"] += 2 * largest * any(p.placement in ("stream", "disk") for p in made.parts())
+    attention = [layer.attention for layer in model.spec.layers]
+    groups = group_layers(attention, [part.device for part in made.layers])
+    for group, blocks in zip(groups, made.num_blocks, strict=True):
+        used[group.device] += blocks * made.block_size * group.token_bytes(made.kv_type)
+    for name in {part.device for part in made.parts()} | {"cpu"}:
+        held = [i for i, part in enumerate(made.layers) if part.device == name]
+        held += [int(part.name.split(".")[1]) for part in made.experts if part.device == name]
+        rows = made.max_logit_rows if made.head.device == name else 0
+        used[name] += workspace_bytes(model.spec, held, made.chunk, rows)
+    return used
+
+
+def check_plan(made: Plan, model: PlannableModel, c: Constraints) -> None:
+    used = bytes_of(made, model)
+    for device in made.devices:
+        assert not used[device.name] or used[device.name] + c.reserve <= device.cap
+        assert made.predicted(device.name) >= used[device.name]
+    for value, wanted in (
+        (made.workload.context, c.context),
+        (made.workload.parallel, c.parallel),
+        (made.kv_type, c.kv_type),
+        (made.format, c.format),
+        (made.chunk, c.chunk),
+        (made.workload.objective, c.objective),
+    ):
+        assert wanted is None or value == wanted
+    for name, spans in c.layers.items():
+        given = {i for first, last in spans for i in range(first, last + 1)}
+        assert {i for i, part in enumerate(made.layers) if part.device == name} == given
+    on_disk = sum(part.nbytes for part in made.parts() if part.placement == "disk")
+    assert on_disk <= c.disk
+    assert min(made.chunk, made.max_logit_rows) >= made.max_num_seqs >= made.workload.parallel
+    check_layers(made, model)
+
+
+def check_layers(made: Plan, model: PlannableModel) -> None:
+    """Every layer once, in order, all bytes accounted for, and the layers of a device in one run."""
+    assert [part.name for part in made.layers] == [f"layers.{i}" for i in range(model.spec.num_layers)]
+    sizes = next(v for v in model.variants if v.label == made.format)
+    assert sum(part.nbytes for part in made.parts()) == sizes.packed.total
+    runs = [made.layers[0].device]
+    for part in made.layers[1:]:
+        if part.device != runs[-1]:
+            runs.append(part.device)
+    assert len(runs) == len(set(runs))
+    assert {part.device for part in made.parts()} <= {device.name for device in made.devices}
+
+
+@pytest.mark.parametrize("seed", seeds(3, 60))
+def test_plans_keep_budgets_and_constraints(seed: int) -> None:
+    made = 0
+    for case in range(50):
+        rng = random.Random(1000 * seed + case)
+        model = random_model(rng)
+        devices = random_devices(rng, model)
+        machine, c = random_machine(rng, devices), random_constraints(rng, model, devices)
+        try:
+            check(model, devices, c)
+        except UsageError:
+            continue
+        if search(model, devices, machine, c) is not None:
+            check_plan(plan(model, devices, machine, c), model, c)
+            made += 1
+    assert made > 10
+
+
+@pytest.mark.parametrize("seed", seeds(2, 40))
+def test_more_memory_is_never_worse(seed: int) -> None:
+    for case in range(25):
+        rng = random.Random(5000 + 1000 * seed + case)
+        model = random_model(rng)
+        devices = random_devices(rng, model)
+        machine, c = random_machine(rng, devices), random_constraints(rng, model, devices)
+        try:
+            check(model, devices, c)
+        except UsageError:
+            continue
+        before = search(model, devices, machine, c)
+        index = rng.randrange(len(devices))
+        more = list(devices)
+        more[index] = replace(devices[index], cap=int(devices[index].cap * rng.uniform(1, 2)))
+        after = search(model, more, machine, c)
+        if before is not None:
+            assert after is not None
+            *rank, cost = before.score
+            assert (*after.score[:-1], after.score[-1] * (1 - 1e-9)) <= (*rank, cost)
+
+
+@pytest.mark.parametrize("seed", seeds(1, 20))
+def test_the_bound_that_prunes_is_a_bound(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Search finds what trying every candidate finds."""
+    from chandra.planner import planner
+
+    for case in range(25):
+        rng = random.Random(9000 + 1000 * seed + case)
+        model = random_model(rng)
+        devices = random_devices(rng, model)
+        machine, c = random_machine(rng, devices), random_constraints(rng, model, devices)
+        try:
+            check(model, devices, c)
+        except UsageError:
+            continue
+        pruned = search(model, devices, machine, c)
+        with monkeypatch.context() as patch:
+            patch.setattr(planner._Site, "bound", 0.0)
+            full = search(model, devices, machine, c)
+        assert (pruned is None) == (full is None)
+        if pruned is not None and full is not None:
+            assert pruned.score == pytest.approx(full.score)
+
+
+@pytest.mark.parametrize("seed", seeds(1, 20))
+def test_refusals_name_a_change_that_helps(seed: int) -> None:
+    refused = 0
+    for case in range(25):
+        rng = random.Random(20000 + 1000 * seed + case)
+        model = random_model(rng)
+        devices = [replace(device, cap=device.cap // 4) for device in random_devices(rng, model)]
+        machine, c = random_machine(rng, devices), random_constraints(rng, model, devices)
+        try:
+            check(model, devices, c)
+        except UsageError:
+            continue
+        if search(model, devices, machine, c) is None:
+            with pytest.raises(DoesNotFit, match="it would") as refusal:
+                plan(model, devices, machine, c)
+            assert refusal.value.exit_code == 3
+            refused += 1
+    assert refused > 2
