@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from chandra import __version__
-from chandra.cli import run, store
+from chandra.cli import plan, run, store
 from chandra.errors import ChandraError
 
 
@@ -53,5 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     run.add_commands(commands, common)
+    plan.add_commands(commands, common)
     store.add_commands(commands, common)
     return parser

@@ -89,9 +89,9 @@ class _Neighbours:
 
     def other_cache(self) -> Iterator[str]:
         for kv_type in KV_TYPES[1:]:
-            if self.made.kv_type in KV_TYPES[: KV_TYPES.index(kv_type)] and self.packs(kv_type):
-                if gain := self.gain(self.plan(replace(self.same, kv_type=kv_type))):
-                    yield f"a {kv_type} cache brings {gain}"
+            richer = self.made.kv_type in KV_TYPES[: KV_TYPES.index(kv_type)]
+            if richer and self.packs(kv_type) and (gain := self.gain(self.plan(replace(self.same, kv_type=kv_type)))):
+                yield f"a {kv_type} cache brings {gain}"
 
     def packs(self, kv_type: str) -> bool:
         return kv_type != "q8_0" or not any(x.attention.head_dim % 32 for x in self.model.spec.layers)
@@ -157,11 +157,11 @@ class _Neighbours:
         """Whether several sequences at once would fit in the same way, and what they gain together."""
         if self.c.parallel is not None:
             return
-        for parallel in (8, 4, 2):
-            if parallel > self.made.workload.parallel and parallel <= (self.c.chunk or parallel):
-                other = self.plan(replace(self.same, parallel=parallel))
-                if other and offloaded(other) == offloaded(self.made):
-                    if other.speed.total > MATTERS * self.made.speed.total:
-                        total = f"{self.made.speed.total:.3g} -> {other.speed.total:.3g} tokens/s in all"
-                        yield f"{parallel} sequences of this context fit at once: {total}"
-                    return
+        now = self.made
+        for parallel in (n for n in (8, 4, 2) if now.workload.parallel < n <= (self.c.chunk or n)):
+            other = self.plan(replace(self.same, parallel=parallel))
+            if other and offloaded(other) == offloaded(now) and other.head.device == now.head.device:
+                if other.speed.total > MATTERS * now.speed.total:
+                    total = f"{now.speed.total:.3g} -> {other.speed.total:.3g} tokens/s in all"
+                    yield f"{parallel} sequences of this context fit at once: {total}"
+                return

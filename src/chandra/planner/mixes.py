@@ -13,10 +13,11 @@ from chandra.quant import get_format
 # Best first. Those of LOW_QUALITY lose so much that the planner only chooses them when it is told to or must.
 LABELS = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 LOW_QUALITY = ("Q3_K_M", "Q2_K")
-ON_REQUEST = ("F32", "BF16", "int8", "nf4", "nf4-dq")  # one format for all large tensors
+ON_REQUEST = ("F32", "BF16", "Q5_1", "Q5_0", "Q4_1", "IQ4_NL", "IQ4_XS", "int8", "nf4", "nf4-dq")
+ONE_FORMAT = ("F32", "F16", "BF16", "Q8_0", "int8", "nf4", "nf4-dq")  # for the head as for the rest
 
 _BASE = {"Q5_K_M": "Q5_K", "Q4_K_M": "Q4_K", "Q3_K_M": "Q3_K"}
-_SMALLER_BLOCKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_SMALLER_BLOCKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 
 
 def known_label(label: str) -> str:
@@ -32,7 +33,7 @@ def format_for(label: str, tensor: TensorSpec, spec: ModelSpec) -> str:
     if not tensor.packable:
         return "F32"
     base = _BASE.get(label, label)
-    if label in ("F16", "Q8_0", *ON_REQUEST):
+    if label in ONE_FORMAT:
         return _fit(base, tensor)
     if tensor.role == "head" or (spec.tied_embeddings and tensor.role == "embedding"):
         return _fit("Q6_K", tensor)
