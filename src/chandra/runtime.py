@@ -17,7 +17,7 @@ from chandra.memory.ledger import Kind, Ledger
 from chandra.memory.plan import Plan
 from chandra.models import Backends, Decoder, ModelSpec, load_decoder, read_spec
 from chandra.ops.contracts import Backend
-from chandra.planner import PlanRequest, discover, plan, plannable
+from chandra.planner import PlanRequest, discover, plan, plannable, tensor_formats
 from chandra.store import Store, StoredModel
 from chandra.text import Tokenizer, load_tokenizer
 from chandra.text.template import ChatTemplate, has_template
@@ -101,7 +101,7 @@ def load(
         request = request.with_defaults(settings)
         constraints = request.constraints()
         devices, machine = discover(request, settings)
-        made = plan(plannable(stored.name, spec, checkpoint), devices, machine, constraints)
+        made = plan(plannable(stored.name, spec, checkpoint, constraints.format), devices, machine, constraints)
         ledger = Ledger(made.devices)
         for name in {part.device for part in made.parts()} | {"cpu"}:
             ledger.reserve(name, Kind.RUNTIME, machine.of(name).runtime)
@@ -158,6 +158,7 @@ def _load_weights(
         context_length=made.workload.context,
         max_rows=made.chunk,
         max_logit_rows=made.max_logit_rows,
+        formats=tensor_formats(spec, made.format) if made.convert else None,
         progress=(lambda done, total: progress("loading", done, total)) if progress else None,
     )
 

@@ -54,7 +54,7 @@ def known_machine(settings: Settings) -> Machine:
         stored = json.loads((settings.home / FILE).read_text(encoding="utf-8"))
         if stored["machine"] == _identity(settings):
             return _from_json(stored)
-    return ASSUMED_HOST
+    return calibrate(settings, quick=True)
 
 
 def calibrate(settings: Settings, quick: bool = False) -> Machine:

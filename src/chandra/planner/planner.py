@@ -266,9 +266,10 @@ def _sites(
 
 
 def loading_bytes(candidate: Candidate, devices: Sequence[Device]) -> int:
-    """Bytes of the host that loading needs besides the result: a tensor, unless it only maps the file."""
-    copies = any(device.kind in ("cuda", "assumed") for device in devices)
-    return candidate.sizes.largest if copies or candidate.sizes.convert else 0
+    """Bytes of the host that loading needs beyond what will be there: the largest tensor, as it is read before it is
+    copied, converted or repacked. Without other devices it fits where the cache and the workspace will be."""
+    later = candidate.kv_need.sum() + candidate.workspace(HOST, True) if len(devices) == 1 else 0
+    return max(0, candidate.sizes.largest - int(later))
 
 
 def _allowed(ranges: Mapping[str, Sequence[tuple[int, int]]], device: str, num_layers: int) -> tuple[bool, ...]:

@@ -11,8 +11,25 @@ from typing import Any
 from chandra.checkpoint import Checkpoint
 from chandra.models import find_sources, spec_from_config, tensor_table
 from chandra.models.spec import ModelSpec, TensorSpec
-from chandra.planner.kernels import PLAIN, HostKernels, packed_bytes
+from chandra.planner.kernels import PLAIN, HostKernels, host_kernels, packed_bytes
 from chandra.planner.mixes import LABELS, LOW_QUALITY, format_for, known_label
+
+# general.file_type of GGUF files: the label they were made with
+FILE_TYPES = {
+    **{
+        "0": "F32",
+        "1": "F16",
+        "2": "Q4_0",
+        "3": "Q4_1",
+        "7": "Q8_0",
+        "8": "Q5_0",
+        "9": "Q5_1",
+        "10": "Q2_K",
+        "11": "Q3_K_S",
+    },
+    **{"12": "Q3_K_M", "13": "Q3_K_L", "14": "Q4_K_S", "15": "Q4_K_M", "16": "Q5_K_S", "17": "Q5_K_M", "18": "Q6_K"},
+    **{"25": "IQ4_NL", "30": "IQ4_XS", "32": "BF16"},
+}
 
 
 @dataclass(frozen=True)
@@ -72,30 +89,32 @@ class PlannableModel:
 
 
 def plannable_config(
-    name: str, config: Mapping[str, Any], label: str | None = None, kernels: HostKernels = PLAIN
+    name: str, config: Mapping[str, Any], label: str | None = None, kernels: HostKernels | None = None
 ) -> PlannableModel:
     """A model known by its `config.json` alone: in all usual formats, or only in the one the user names.
 
     Raises UnsupportedError for an architecture Chandra does not have, UsageError for an unknown format.
     """
-    spec = spec_from_config(config)
+    spec, kernels = spec_from_config(config), kernels or host_kernels()
     labels = (known_label(label),) if label else LABELS
     return PlannableModel(name, spec, tuple(sizes_as(spec, x, kernels) for x in labels), kernels)
 
 
 def plannable(
-    name: str, spec: ModelSpec, checkpoint: Checkpoint, label: str | None = None, kernels: HostKernels = PLAIN
+    name: str, spec: ModelSpec, checkpoint: Checkpoint, label: str | None = None, kernels: HostKernels | None = None
 ) -> PlannableModel:
     """A model on disk: in its own format, and in those it can be converted to while it is loaded.
 
     A file of 16 bits or more can become any usual format; what is quantized stays as it is, unless the user names
     another `label`. Raises CheckpointError if tensors are missing, UsageError for an unknown format.
     """
+    kernels = kernels or host_kernels()
     stored = {}
     for source in find_sources(spec, checkpoint):
         tensor = source.tensor
         stored[tensor.name] = checkpoint.tensors[source.names[0]].format if tensor.packable else "F32"
-    own = _sizes(spec, _own_label(spec, stored), stored, kernels, convert=False)
+    label_of_file = FILE_TYPES.get(str(checkpoint.metadata.get("general.file_type")))
+    own = _sizes(spec, label_of_file or _own_label(spec, stored), stored, kernels, convert=False)
     labels: tuple[str, ...] = LABELS[1:] if own.bits_per_weight > 15 else ()
     if label:
         labels = (known_label(label),) if label.lower() != own.label.lower() else ()
