@@ -28,7 +28,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-type", choices=KV_TYPES, help="type of the KV cache")
     group.add_argument("--layers", action="append", default=[], metavar="DEVICE=A-B", help="put layers A to B there")
     group.add_argument("--quant", metavar="FORMAT", help="format of the weights, for example Q4_K_M")
-    group.add_argument("--reserve", metavar="SIZE", help="leave this much of every GPU alone")
+    group.add_argument("--reserve", metavar="SIZE", help="leave this much of every device alone")
     group.add_argument("--chunk", type=int, metavar="TOKENS", help="tokens of one step at most")
 
 

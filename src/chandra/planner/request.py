@@ -10,7 +10,7 @@ from typing import get_args
 from chandra.config import Settings
 from chandra.errors import DeviceError, UsageError
 from chandra.kvcache.layout import KV_TYPES
-from chandra.memory.device import Device, DeviceRequest, number_devices, parse_device, parse_size
+from chandra.memory.device import Device, DeviceRequest, format_size, number_devices, parse_device, parse_size
 from chandra.memory.host import memory_available, resident_bytes
 from chandra.memory.plan import Objective
 from chandra.planner.planner import Constraints
@@ -20,7 +20,10 @@ HOST_MARGIN = 0.03  # share of the host's free memory that is left to the rest o
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """The options as they were written; None is "not said". See `chandra plan --help` for their meaning."""
+    """The options as they were written; None is "not said". See `chandra plan --help` for their meaning.
+
+    Sizes are texts such as "6GiB", or bytes; `device` and `layers` may be one text or several.
+    """
 
     device: tuple[str, ...] = ()
     host: str | None = None
@@ -34,6 +37,14 @@ class PlanRequest:
     quant: str | None = None
     reserve: str | None = None
     chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("device", "layers"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        for name in ("host", "disk", "budget", "reserve"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, str(getattr(self, name)))
 
     def with_defaults(self, settings: Settings) -> PlanRequest:
         """What was not said is taken from the environment."""
@@ -89,6 +100,12 @@ class PlanRequest:
         elif not requests and not self.host:
             return (*present, Device("cpu", "cpu", host_cap()))
         matched = [_match(request, name, present) for request, name in zip(gpus, number_devices(gpus), strict=True)]
+        for device in present:
+            cut = sum(d.cap for d in matched if d.kind == "cuda" and d.name.split("/")[0] == device.name)
+            if cut > device.cap:
+                raise UsageError(
+                    f"{device.name} is cut into {format_size(cut)}", f"it has {format_size(device.cap)}: give it less"
+                )
         return (*matched, Device("cpu", "cpu", cap or host_cap()))
 
 
