@@ -184,3 +184,12 @@ def test_wrong_arguments_are_refused(backend: CpuBackend) -> None:
         attend(tables=KVTables(tables.block_table * 0 - 1, tables.slots))
     with pytest.raises(IndexError, match="outside its sequence"):
         attend(batch=replace(batch, context_lens=batch.context_lens - 1))
+
+
+def test_scratch_is_bounded() -> None:
+    def scratch(rows: int, sequences: int, context: int) -> int:
+        return _cpu.attention_scratch_bytes(32, 8, 128, rows, sequences, context)
+
+    assert scratch(1, 1, 128) < scratch(512, 1, 128) < scratch(512, 16, 128) < scratch(512, 16, 1 << 17)
+    cache_bytes = 16 * (1 << 17) * 8 * 128 * 4
+    assert scratch(512, 16, 1 << 17) < cache_bytes / 100

@@ -46,6 +46,10 @@ class Attention:
         out: NDArray[Any],
     ) -> None: ...
 
+def attention_scratch_bytes(
+    num_heads: int, num_kv_heads: int, head_dim: int, rows: int, sequences: int, context: int
+) -> int: ...
+
 class Weight:
     def __init__(
         self, format: str, shape: tuple[int, ...], parts: dict[str, NDArray[Any]], repack: bool = True

@@ -19,12 +19,15 @@ namespace chandra {
 class Array {
  public:
   explicit Array(nanobind::handle object) : array_(reinterpret_cast<PyArrayObject*>(object.ptr())) {
-    static const nanobind::handle type =
-        nanobind::object(nanobind::module_::import_("numpy").attr("ndarray")).release();
-    if (!PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(type.ptr())))
-      throw nanobind::type_error("expected a numpy array");
+    if (!PyObject_TypeCheck(object.ptr(), type())) throw nanobind::type_error("expected a numpy array");
     if (!(PyArray_FLAGS(array_) & NPY_ARRAY_ALIGNED) || (ndim() > 0 && dim(-1) > 1 && stride(-1) != itemsize()))
       throw std::invalid_argument("expected an aligned array whose last dimension is contiguous");
+  }
+
+  // numpy.ndarray. The module asks for it first: an import by two threads at once could wait for each other.
+  static PyTypeObject* type() {
+    static const nanobind::handle found = nanobind::object(nanobind::module_::import_("numpy").attr("ndarray")).release();
+    return reinterpret_cast<PyTypeObject*>(found.ptr());
   }
 
   int ndim() const { return PyArray_NDIM(array_); }

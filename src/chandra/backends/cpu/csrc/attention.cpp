@@ -12,8 +12,11 @@ namespace chandra {
 namespace {
 
 constexpr int64_t kInlineValues = 16384;  // below this, waking the pool for norms and rope costs more than it gains
-constexpr int64_t kQueryRows = 128;       // (query, head) pairs of a prefill task
+constexpr int64_t kFewKeys = 4096;        // for several queries of one sequence: bounds the partials
 constexpr int64_t kTasksPerThread = 4;    // wanted, so that threads finish together
+
+// (query, head) pairs of a prefill task: what fits a core's cache together with a tile
+int64_t query_rows(int head_dim) { return head_dim > 128 ? 64 : 128; }
 
 const AttentionKernels& attention_kernels() {
   switch (current_isa()) {
@@ -69,7 +72,7 @@ void check(const AttentionCall& call) {
 
 void add_many(const AttentionCall& call, int64_t sequence, std::vector<Task>& tasks) {
   const int64_t start = call.query_start[sequence], queries = call.query_start[sequence + 1] - start;
-  const int64_t step = std::max<int64_t>(1, kQueryRows / (call.shape->head_dim > 128 ? 2 : 1) / call.group());
+  const int64_t step = std::max<int64_t>(1, query_rows(call.shape->head_dim) / call.group());
   for (int64_t begin = 0; begin < queries; begin += step) {
     const int64_t end = std::min(queries, begin + step);
     const int64_t keys = call.positions[start + end - 1] + 1 - call.first_key(call.positions[start + begin]);
@@ -104,12 +107,12 @@ void plan(const AttentionCall& call, int lanes, int threads, Work& work) {
   for (int64_t i = 0; i < call.sequences; ++i) {
     const int64_t start = call.query_start[i], rows = (call.query_start[i + 1] - start) * group;
     if (rows == 0) continue;
-    if (!in_place || rows > kFewRows) {
+    const int64_t first = call.first_key(call.positions[start]);
+    const int64_t last = call.positions[call.query_start[i + 1] - 1] + 1;
+    if (!in_place || rows > kFewRows || (rows > group && last - first > kFewKeys)) {
       add_many(call, i, work.tasks);
       continue;
     }
-    const int64_t first = call.first_key(call.positions[start]);
-    const int64_t last = call.positions[call.query_start[i + 1] - 1] + 1;
     work.few.push_back({i, rows, first, last, 0, 0, 0});
     splits += ((last - 1) / kSplit + 1 - first / kSplit) * heads;
   }
@@ -135,6 +138,19 @@ int64_t kv_row_bytes(KvType type, int head_dim) {
   }
   if (head_dim % 32) throw std::invalid_argument("a quantized cache needs a head_dim that is a multiple of 32");
   return head_dim / 32 * (type == KvType::q8_0 ? 34 : 18);
+}
+
+int64_t attention_scratch_bytes(int num_heads, int num_kv_heads, int head_dim, int64_t rows, int64_t sequences,
+                                int64_t context) {
+  const int64_t group = num_heads / num_kv_heads, threads = Pool::shared().size();
+  const int64_t padded = (head_dim + 15) / 16 * 16;
+  const int64_t own = std::max(few_floats(head_dim), many_floats(std::max(group, query_rows(head_dim)), padded));
+  const auto splits = [&](int64_t keys) { return sequences * (keys / kSplit + 2) * num_kv_heads; };
+  const int64_t rows_of_splits = std::max(splits(context) * std::min<int64_t>(group, kFewRows),
+                                          splits(std::min(context, kFewKeys)) * kFewRows);
+  const int64_t rows_of_tiles = kTasksPerThread * threads * (kSplit / kTile + 1) * kFewRows;
+  const int64_t partials = std::max(rows_of_splits, rows_of_tiles) * partial_floats(head_dim);
+  return 4 * (threads * own + partials + rows * head_dim);
 }
 
 void attention(const AttentionCall& call) {

@@ -375,7 +375,7 @@ void few(const AttentionCall& call, int64_t sequence, int kv_head, int64_t begin
   const int d = shape.head_dim, group = call.group();
   const int rows = static_cast<int>(call.query_start[sequence + 1] - call.query_start[sequence]) * group;
   const int64_t stride = partial_floats(d);
-  float* q = scratch.floats(kFewRows * (d + kTile + stride));
+  float* q = scratch.floats(few_floats(d));
   float *scores = q + kFewRows * d, *sums = scores + kFewRows * kTile;
   Query query[kFewRows];
   Stats total[kFewRows];
@@ -562,15 +562,13 @@ void many(const AttentionCall& call, int64_t sequence, int kv_head, int64_t quer
   const Pages pages(call, sequence, kv_head);
   const int d = shape.head_dim, padded = (d + W - 1) / W * W, group = call.group();
   const int rows = static_cast<int>(count) * group;
-  const int spare = 6;  // rows computed together are a multiple of 4 or 6; the last ones are never read
-  float* q = scratch.floats(static_cast<int64_t>(rows + spare) * (4 * padded + kTile) + (2 * kTile + W) * padded +
-                            (rows + spare) * 8);
+  const int spare = kSpareRows;
+  float* q = scratch.floats(many_floats(rows, padded));
   float* scores = q + (rows + spare) * padded;
   float* sums = scores + (rows + spare) * kTile;
   float *split = sums + (rows + spare) * padded, *total = split + (rows + spare) * padded;
   float *keys = total + (rows + spare) * padded, *values = keys + kTile * padded, *staging = values + kTile * padded;
-  float* state = staging + W * padded;  // Stats of split, total and tile, first and last key
-  Stats* in_split = reinterpret_cast<Stats*>(state);
+  Stats* in_split = reinterpret_cast<Stats*>(staging + W * padded);
   Stats *in_total = in_split + rows + spare, *in_tile = in_total + rows + spare;
 
   int64_t low = INT64_MAX, high = 0;

@@ -146,6 +146,10 @@ void register_attention(nb::module_& m) {
            nb::arg("window").none(), nb::arg("softcap").none(), nb::arg("rope").none(), nb::arg("q_norm").none(),
            nb::arg("k_norm").none())
       .def("__call__", &PyAttention::operator());
+  m.def("attention_scratch_bytes", &attention_scratch_bytes, nb::arg("num_heads"), nb::arg("num_kv_heads"),
+        nb::arg("head_dim"), nb::arg("rows"), nb::arg("sequences"), nb::arg("context"),
+        "Most bytes of scratch memory that attention keeps for batches of up to `rows` tokens of `sequences` sequences "
+        "of `context` tokens, with the cos and sin of one set of rope parameters.");
 }
 
 }  // namespace chandra

@@ -1,6 +1,7 @@
 // The Python face of the CPU kernels.
 #include <nanobind/nanobind.h>
 
+#include "array.h"
 #include "isa.h"
 #include "pool.h"
 
@@ -13,6 +14,7 @@ void register_linear(nb::module_& m);
 
 NB_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of Chandra";
+  chandra::Array::type();
   m.def("set_threads", [](int n) { chandra::Pool::shared().resize(n); }, nb::arg("n"),
         nb::call_guard<nb::gil_scoped_release>(),
         "Threads of the pool, the caller included; 0: one for each physical core this process may use.");
