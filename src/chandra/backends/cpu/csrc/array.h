@@ -26,7 +26,8 @@ class Array {
 
   // numpy.ndarray. The module asks for it first: an import by two threads at once could wait for each other.
   static PyTypeObject* type() {
-    static const nanobind::handle found = nanobind::object(nanobind::module_::import_("numpy").attr("ndarray")).release();
+    static const nanobind::handle found =
+        nanobind::object(nanobind::module_::import_("numpy").attr("ndarray")).release();
     return reinterpret_cast<PyTypeObject*>(found.ptr());
   }
 

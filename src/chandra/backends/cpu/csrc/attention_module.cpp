@@ -86,7 +86,8 @@ class PyAttention {
     call.query_start = Array(query_start).as<int32_t>(call.sequences + 1);
     call.context_lens = Array(context_lens).as<int32_t>(call.sequences);
     call.slots = Array(slots).as<int32_t>(call.n);
-    if (table.ndim() != 2 || table.dim(0) != call.sequences) throw std::invalid_argument("block_table has the wrong shape");
+    if (table.ndim() != 2 || table.dim(0) != call.sequences)
+      throw std::invalid_argument("block_table has the wrong shape");
     call.blocks_per_sequence = table.dim(1);
     call.block_table = table.as<int32_t>(call.sequences * call.blocks_per_sequence);
     call.cache.type = kv_type(type);
@@ -136,7 +137,8 @@ void register_attention(nb::module_& m) {
             const int64_t width = array.size();
             if (width <= 0) throw std::invalid_argument("a head norm without weights");
             const float* bias_data = bias.is_none() ? nullptr : Array(bias).as<float>(width);
-            new (self) PyHeadNorm{weight, bias, {array.as<float>(width), bias_data, static_cast<int>(width), eps, layer}};
+            const HeadNorm norm{array.as<float>(width), bias_data, static_cast<int>(width), eps, layer};
+            new (self) PyHeadNorm{weight, bias, norm};
           },
           nb::arg("weight"), nb::arg("bias").none(), nb::arg("eps"), nb::arg("layer"));
   nb::class_<PyAttention>(m, "Attention", "The attention of one layer, bound to its parameters.")
