@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chandra import LLM
+from chandra import LLM, SamplingParams
+from chandra.kvcache import KVPool
+from chandra.ops.contracts import ForwardBatch, KVLayer, KVTables
 
 DATA = Path(__file__).parent / "data"
 NAMES = ("smollm2:135m", "gemma3:270m", "qwen2.5-coder:0.5b")
+PIECE = 8  # rows of logits that were planned for
 SINKS = 4  # the first positions are ill-conditioned: attention sinks
 
 pytestmark = pytest.mark.model
@@ -30,18 +33,47 @@ def model(
 
 
 def all_logprobs(llm: LLM, ids: list[int], chunk: int) -> np.ndarray:
-    """Natural log-probabilities `(len(ids), vocab)`, the prompt read in pieces of `chunk` tokens."""
-    rows = llm.runtime.score(ids, chunk)
-    rows = rows.astype(np.float64)
+    """Natural log-probabilities `(len(ids), vocab)`, the prompt read in pieces of `chunk` tokens, past the engine."""
+    runtime = llm.runtime
+    pool, size = runtime.pool, llm.plan.block_size
+    table = np.arange(-(-len(ids) // size), dtype=np.int32)[None]
+    out = []
+    for start in range(0, len(ids), chunk):
+        end = min(len(ids), start + chunk)
+        positions = np.arange(start, end, dtype=np.int32)
+        count = end - start
+        batch = ForwardBatch(
+            np.asarray(ids[start:end], np.int32),
+            positions,
+            np.array([0, count], np.int32),
+            np.array([end], np.int32),
+            np.arange(count, dtype=np.int32),
+        )
+        view = _View(pool, KVTables(table, positions))
+        out.append(runtime.decoder.forward(batch, view).astype(np.float64))
+    rows = np.concatenate(out)
     top = rows.max(axis=1, keepdims=True)
     return rows - top - np.log(np.exp(rows - top).sum(axis=1, keepdims=True))
+
+
+class _View:
+    """Blocks in order, the same for all layers."""
+
+    def __init__(self, pool: KVPool, tables: KVTables) -> None:
+        self.pool, self._tables = pool, tables
+
+    def layer(self, index: int) -> KVLayer:
+        return self.pool.layer(index)
+
+    def tables(self, index: int) -> KVTables:  # noqa: ARG002
+        return self._tables
 
 
 def test_distributions_match_llama_cpp(model: tuple[LLM, dict[str, np.ndarray]]) -> None:
     llm, oracle = model
     ids = oracle["tokens"].tolist()
     assert llm.tokenizer.encode((DATA / "prose.txt").read_text())[: len(ids)] == ids
-    ours = all_logprobs(llm, ids, 64)
+    ours = all_logprobs(llm, ids, PIECE)
     theirs = oracle["logprobs"].astype(np.float64)
     q = np.take_along_axis(ours, oracle["ids"], axis=1)
     p = np.exp(theirs)
@@ -52,3 +84,29 @@ def test_distributions_match_llama_cpp(model: tuple[LLM, dict[str, np.ndarray]])
     print(f"{llm.name}: mean KL {divergence.mean():.5f}, top-1 agreement {agreement:.3f}")
     assert divergence.mean() < 0.005
     assert agreement >= 0.97
+
+
+def test_chunked_cached_and_batched_runs_give_the_bits_of_the_plain_run(
+    model: tuple[LLM, dict[str, np.ndarray]],
+) -> None:
+    llm, oracle = model
+    ids = oracle["tokens"][:96].tolist()
+    whole = all_logprobs(llm, ids, PIECE)
+    assert np.array_equal(whole, all_logprobs(llm, ids, 1))
+    params = SamplingParams(temperature=0, max_tokens=12, logprobs=2)
+    prompts = [ids, ids[:40], ids[:70], ids[5:60]]
+    alone = [llm.generate(prompt, params)[0].outputs[0] for prompt in prompts]
+    together = [output.outputs[0] for output in llm.generate(prompts, params)]  # in company, on cached prefixes
+    for one, other in zip(alone, together, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs == other.logprobs
+    assert llm.engine.counters().prefix_hits > 0
+
+
+def test_the_same_seed_gives_the_same_text_in_any_company(model: tuple[LLM, dict[str, np.ndarray]]) -> None:
+    llm, oracle = model
+    ids = oracle["tokens"].tolist()
+    params = SamplingParams(temperature=1.0, seed=7, max_tokens=16)
+    alone = llm.generate(ids[:30], params)[0].outputs[0].text
+    company = llm.generate([ids[:30], ids[:90], ids[20:60]], [params, SamplingParams(seed=1, max_tokens=20), params])
+    assert company[0].outputs[0].text == alone

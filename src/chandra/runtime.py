@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from chandra.backends import make_backend
@@ -99,7 +99,8 @@ def load(
         tokenizer.check_rows(spec.vocab_size)
         template = ChatTemplate.of(tokenizer, spec.arch)
         request = request.with_defaults(settings)
-        constraints = request.constraints()
+        # Layers that do not fit on a device are computed by the CPU: streaming them is planned but not yet executed.
+        constraints = replace(request.constraints(), modes=("host",))
         devices, machine = discover(request, settings)
         made = plan(plannable(stored.name, spec, checkpoint, constraints.format), devices, machine, constraints)
         ledger = Ledger(made.devices)

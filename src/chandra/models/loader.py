@@ -87,12 +87,13 @@ class _Loading:
         targets = {name: self._backend(source)}
         if name == EMBEDDING and self.spec.tied_embeddings and self.backends.head is not self.backends.embedding:
             targets[HEAD] = self.backends.head
+        separate_head = not self.spec.tied_embeddings or HEAD in targets
         for backend in targets.values():
             self._reserve(backend, nbytes)
         weight = self._read(source, form)
         for key, backend in targets.items():
             if source.tensor.packable or source.tensor.role == "router":
-                self.loaded[key] = backend.load_weight(weight)
+                self.loaded[key] = backend.load_weight(weight, lookup=key == EMBEDDING and separate_head)
                 self._reserve(backend, self.loaded[key].nbytes - nbytes)
             else:
                 self.loaded[key] = backend.upload(weight.parts["data"].view(np.float32))

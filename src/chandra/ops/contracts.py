@@ -168,8 +168,9 @@ class Backend(ABC):
         out[...] = self.upload(host)
 
     @abstractmethod
-    def load_weight(self, weight: PackedWeight) -> Weight:
-        """Put a weight where this device's kernels want it, repacked if that gains. Raises BudgetExceeded."""
+    def load_weight(self, weight: PackedWeight, lookup: bool = False) -> Weight:
+        """Put a weight where this device's kernels want it, repacked if that gains. `lookup`: only `embed` will read
+        it. Raises BudgetExceeded."""
 
     # ops
 

@@ -53,7 +53,7 @@ class ReferenceBackend(Backend):
     def download(self, array: Array) -> np.ndarray[Any, Any]:
         return array if isinstance(array, np.ndarray) else array.cpu().numpy()
 
-    def load_weight(self, weight: PackedWeight) -> Weight:
+    def load_weight(self, weight: PackedWeight, lookup: bool = False) -> Weight:  # noqa: ARG002 (all the same here)
         return Weight(weight.format, weight.shape, weight.nbytes, weight.tensors())
 
     def embed(self, batch: ForwardBatch, table: Weight, scale: float, out: Array) -> None:
