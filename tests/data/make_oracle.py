@@ -5,7 +5,8 @@
 
 llama.cpp rounds activations to 8 bits, so what it says depends on the path it takes: for gemma3:270m two of its own
 runs (prompt in one batch or token by token, KV cache in f16 or f32) are a mean KL of 0.0055 apart and agree on the
-likeliest token at 96 % of the positions. The oracle is therefore the mean of the log-probabilities of six such runs, normalized.
+likeliest token at 96 % of the positions. The oracle is therefore the mean of the log-probabilities of six such runs,
+normalized.
 
 For each position: the 128 most likely next tokens and their log-probabilities (the rest is one lump of probability,
 so the divergence computed from the file is a lower bound that misses what happens inside the tail).
