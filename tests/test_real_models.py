@@ -80,10 +80,12 @@ def test_distributions_match_llama_cpp(model: tuple[LLM, dict[str, np.ndarray]])
     p_rest, q_rest = 1 - p.sum(axis=1), 1 - np.exp(q).sum(axis=1)
     tail = p_rest * np.log(np.maximum(p_rest, 1e-12) / np.maximum(q_rest, 1e-12))
     divergence = ((p * (theirs - q)).sum(axis=1) + tail)[SINKS:]
-    agreement = (ours.argmax(axis=1) == oracle["ids"][:, 0])[SINKS:].mean()
-    print(f"{llm.name}: mean KL {divergence.mean():.5f}, top-1 agreement {agreement:.3f}")
+    same, decided = (ours.argmax(axis=1) == oracle["ids"][:, 0])[SINKS:], oracle["decided"][SINKS:]
+    print(f"{llm.name}: mean KL {divergence.mean():.5f}, the same likeliest token at {same.mean():.3f}", end=" ")
+    print(f"of all positions and {same[decided].mean():.3f} of the {decided.mean():.3f} that llama.cpp is decided at")
     assert divergence.mean() < 0.005
-    assert agreement >= 0.97
+    assert same[decided].mean() >= 0.97
+    assert same.mean() >= 0.95
 
 
 def test_chunked_cached_and_batched_runs_give_the_bits_of_the_plain_run(

@@ -138,6 +138,7 @@ class TestWithAModel:
             chat.expect(">>> ")
             chat.say("/show info")
             chat.expect("architecture")
+            chat.expect(">>> ")
             chat.send(b"\x04")
             assert chat.wait() == 0
 

@@ -6,7 +6,7 @@
 llama.cpp rounds activations to 8 bits, so what it says depends on the path it takes: for gemma3:270m two of its own
 runs (prompt in one batch or token by token, KV cache in f16 or f32) are a mean KL of 0.0055 apart and agree on the
 likeliest token at 96 % of the positions. The oracle is therefore the mean of the log-probabilities of six such runs,
-normalized.
+normalized; `decided` says at which positions all six have the same likeliest token.
 
 For each position: the 128 most likely next tokens and their log-probabilities (the rest is one lump of probability,
 so the divergence computed from the file is a lower bound that misses what happens inside the tail).
@@ -41,9 +41,11 @@ def main(name: str, path: str) -> None:
     here = Path(__file__).parent
     text = (here / "prose.txt").read_bytes()
     total: np.ndarray | float = 0.0
+    best = []
     for n_batch, kv in RUNS:
         tokens, logprobs = run(path, n_batch, kv, text)
         total = total + logprobs
+        best.append(logprobs.argmax(axis=1))
     if len(tokens) < POSITIONS:
         raise SystemExit(f"the text has only {len(tokens)} tokens")
     logprobs = normalized(np.asarray(total) / len(RUNS))
@@ -52,6 +54,7 @@ def main(name: str, path: str) -> None:
         here / f"oracle_{name.replace(':', '-')}.npz",
         tokens=np.asarray(tokens, np.int32),
         ids=ids,
+        decided=(np.array(best) == best[0]).all(axis=0),
         logprobs=np.take_along_axis(logprobs, ids, axis=1).astype(np.float32),
     )
 

