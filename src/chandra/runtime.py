@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from chandra.backends import make_backend
@@ -17,7 +18,8 @@ from chandra.memory.ledger import Kind, Ledger
 from chandra.memory.plan import Plan
 from chandra.models import Backends, Decoder, ModelSpec, load_decoder, read_spec
 from chandra.ops.contracts import Backend
-from chandra.planner import PlanRequest, discover, plan, plannable, tensor_formats
+from chandra.planner import Machine, PlanRequest, discover, plan, plannable, tensor_formats
+from chandra.planner.kernels import CpuKernels
 from chandra.store import Store, StoredModel
 from chandra.text import Tokenizer, load_tokenizer
 from chandra.text.template import ChatTemplate, has_template
@@ -50,9 +52,8 @@ class Runtime:
     engine: Engine
     decoder: Decoder
     pool: KVPool
-    checkpoint: Checkpoint
-    load_seconds: float = 0.0
-    _closed: bool = field(default=False, init=False)
+    load_seconds: float
+    resources: ExitStack
 
     @property
     def name(self) -> str:
@@ -73,11 +74,7 @@ class Runtime:
 
     def close(self) -> None:
         """Give everything back; doing so twice is harmless."""
-        if not self._closed:
-            self._closed = True
-            self.pool.close()
-            self.decoder.close()
-            self.checkpoint.close()
+        self.resources.close()
 
 
 def peak_resident() -> int:
@@ -91,9 +88,12 @@ def load(
 ) -> Runtime:
     """Find, plan and load a model. Raises what these steps raise; nothing stays reserved then."""
     started = time.monotonic()
-    stored = find(model, settings, progress)
-    checkpoint = open_checkpoint(stored.path)
-    try:
+    store = Store(settings.home, settings.registry)
+    stored = model if isinstance(model, StoredModel) else store.get(str(model), progress=progress)
+    with ExitStack() as resources:
+        resources.enter_context(store.hold(stored))
+        checkpoint = open_checkpoint(stored.path)
+        resources.callback(checkpoint.close)
         spec = read_spec(checkpoint)
         tokenizer = load_tokenizer(checkpoint)
         tokenizer.check_rows(spec.vocab_size)
@@ -103,35 +103,39 @@ def load(
         constraints = replace(request.constraints(), modes=("host",))
         devices, machine = discover(request, settings)
         made = plan(plannable(stored.name, spec, checkpoint, constraints.format), devices, machine, constraints)
-        ledger = Ledger(made.devices)
-        for name in {part.device for part in made.parts()} | {"cpu"}:
-            ledger.reserve(name, Kind.RUNTIME, machine.of(name).runtime)
+        ledger = _open_ledger(spec, made, machine)
         backends = {
             d.name: make_backend(d, settings.threads, settings.cpu) for d in made.devices if _used(made, d.name)
         }
         decoder = _load_weights(checkpoint, spec, made, backends, ledger, progress)
-        try:
-            pool = _make_pool(spec, made, backends, ledger)
-        except BaseException:
-            decoder.close()
-            raise
-    except BaseException:
-        checkpoint.close()
-        raise
-    config = EngineConfig(made.workload.context, made.max_num_seqs, made.chunk, made.max_logit_rows)
-    engine = Engine(decoder, pool, config, spec.vocab_size, tokenizer.eos_ids)
-    base = not has_template(tokenizer) and stored.template is None
-    return Runtime(
-        stored, spec, made, ledger, tokenizer, template, base, engine, decoder, pool, checkpoint,
-        load_seconds=time.monotonic() - started,
-    )  # fmt: skip
+        resources.callback(decoder.close)
+        pool = _make_pool(spec, made, backends, ledger)
+        resources.callback(pool.close)
+        config = EngineConfig(made.workload.context, made.max_num_seqs, made.chunk, made.max_logit_rows)
+        engine = Engine(decoder, pool, config, spec.vocab_size, tokenizer.eos_ids)
+        return Runtime(
+            stored=stored,
+            spec=spec,
+            plan=made,
+            ledger=ledger,
+            tokenizer=tokenizer,
+            template=template,
+            base_model=not has_template(tokenizer),
+            engine=engine,
+            decoder=decoder,
+            pool=pool,
+            load_seconds=time.monotonic() - started,
+            resources=resources.pop_all(),
+        )
 
 
-def find(model: str | Path | StoredModel, settings: Settings, progress: Progress | None = None) -> StoredModel:
-    """The model of a name or path, pulled if the store lacks it. Raises ModelNotFound, StoreError."""
-    if isinstance(model, StoredModel):
-        return model
-    return Store(settings.home, settings.registry).get(str(model), progress=progress)
+def _open_ledger(spec: ModelSpec, made: Plan, machine: Machine) -> Ledger:
+    """A ledger with what is there before the model is: the process, and what the CPU's kernels keep for themselves."""
+    ledger = Ledger(made.devices)
+    for name in {part.device for part in made.parts()} | {"cpu"}:
+        ledger.reserve(name, Kind.RUNTIME, machine.of(name).runtime)
+    ledger.reserve("cpu", Kind.WORKSPACE, CpuKernels().scratch_bytes(spec, made.chunk, made.max_logit_rows))
+    return ledger
 
 
 def _used(made: Plan, device: str) -> bool:
