@@ -15,8 +15,8 @@ from chandra.engine import Engine, Output, TokenLogprobs
 from chandra.errors import ChandraError, RequestError
 from chandra.memory.plan import Plan
 from chandra.planner import PlanRequest
-from chandra.runtime import MemoryRow, Progress, Runtime, load
-from chandra.store import StoredModel
+from chandra.runtime import MemoryRow, Runtime, load
+from chandra.store import Progress, StoredModel
 from chandra.text import StopMatcher, StreamDetokenizer, Tokenizer
 
 DEFAULT_MODEL = "smollm2:135m"

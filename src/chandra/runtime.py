@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +20,9 @@ from chandra.models import Backends, Decoder, ModelSpec, load_decoder, read_spec
 from chandra.ops.contracts import Backend
 from chandra.planner import Machine, PlanRequest, discover, plan, plannable, tensor_formats
 from chandra.planner.kernels import CpuKernels
-from chandra.store import Store, StoredModel
+from chandra.store import Progress, Store, StoredModel
 from chandra.text import Tokenizer, load_tokenizer
 from chandra.text.template import ChatTemplate, has_template
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

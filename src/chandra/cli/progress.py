@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
 from chandra.memory.device import format_size
-
-Progress = Callable[[str, int, int], None]
 
 
 class ProgressLine:
