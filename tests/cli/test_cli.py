@@ -138,8 +138,7 @@ class TestWithAModel:
             chat.expect(">>> ")
             chat.say("/show info")
             chat.expect("architecture")
-            chat.expect(">>> ")
-            chat.send(b"\x04")
+            chat.say("/bye")
             assert chat.wait() == 0
 
 
