@@ -8,8 +8,8 @@ from typing import Any
 
 from chandra.errors import UsageError
 
-# What a chat wants, and what Ollama's users are used to; the library's own defaults leave the model as it is.
-CHAT_DEFAULTS: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
+# What a chat wants: Ollama's values, and a penalty that keeps small models from going round in circles;
+CHAT_DEFAULTS: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.1}
 SAMPLING: dict[str, tuple[type, str]] = {
     "temperature": (float, "randomness; 0 always takes the likeliest token"),
     "top_k": (int, "choose among the k likeliest tokens (0: all)"),
