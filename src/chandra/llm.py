@@ -12,7 +12,7 @@ from typing import Any
 
 from chandra.config import SamplingParams, Settings
 from chandra.engine import Engine, Output, TokenLogprobs
-from chandra.errors import ChandraError, RequestError
+from chandra.errors import RequestError
 from chandra.memory.plan import Plan
 from chandra.planner import PlanRequest
 from chandra.runtime import MemoryRow, Runtime, load
@@ -287,4 +287,4 @@ class LLM:
         return Stats(prompt_tokens, generated, first - started, time.monotonic() - first, self.load_seconds)
 
 
-__all__ = ["DEFAULT_MODEL", "LLM", "ChandraError", "Chunk", "CompletionOutput", "RequestOutput", "Stats"]
+__all__ = ["DEFAULT_MODEL", "LLM", "Chunk", "CompletionOutput", "RequestOutput", "Stats"]

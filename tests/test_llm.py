@@ -1,0 +1,78 @@
+"""The library on a real model: stop strings, several answers, dropped streams, conversations, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from chandra import LLM, SamplingParams
+from chandra.errors import ContextOverflow, RequestError
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def llm(model_file: Callable[[str], Path]) -> Iterator[LLM]:
+    with LLM(model_file("smollm2:135m"), ctx=256, parallel=4) as llm:
+        yield llm
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=32)
+
+
+def test_a_stop_string_cuts_the_text_and_ends_the_sequence(llm: LLM) -> None:
+    whole = llm.generate("The sea is", GREEDY)[0].outputs[0]
+    stop = whole.text[10:16]
+    cut = llm.generate("The sea is", SamplingParams(temperature=0, max_tokens=32, stop=stop))[0].outputs[0]
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
+    assert len(cut.token_ids) < len(whole.token_ids)
+    assert not llm.engine.has_work()
+
+
+def test_a_stream_is_the_answer_in_pieces(llm: LLM) -> None:
+    whole = llm.generate("The sea is", GREEDY)[0]
+    chunks = list(llm.stream("The sea is", GREEDY))
+    assert "".join(chunk.text for chunk in chunks) == whole.outputs[0].text
+    assert [token for chunk in chunks for token in chunk.token_ids] == whole.outputs[0].token_ids
+    assert [chunk.finish_reason for chunk in chunks].count(None) == len(chunks) - 1
+    assert chunks[-1].stats is not None
+    assert chunks[-1].stats.generated_tokens == len(whole.outputs[0].token_ids)
+
+
+def test_a_dropped_stream_ends_its_request(llm: LLM) -> None:
+    stream = llm.stream("The sea is", GREEDY)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert not llm.engine.has_work()
+    llm.engine.blocks.check_integrity()
+
+
+def test_several_answers_to_one_prompt(llm: LLM) -> None:
+    params = SamplingParams(n=3, seed=3, max_tokens=16, logprobs=1)
+    first, second = (llm.generate("Once upon a time", params)[0] for _ in range(2))
+    assert [o.text for o in first.outputs] == [o.text for o in second.outputs]
+    assert len({o.text for o in first.outputs}) > 1
+    for output in first.outputs:
+        assert output.logprobs is not None
+        assert output.cumulative_logprob == pytest.approx(sum(entry.logprob for entry in output.logprobs))
+
+
+def test_a_conversation_uses_the_template(llm: LLM) -> None:
+    question = [{"role": "user", "content": "What is gravity?"}]
+    assert "<|im_start|>user\nWhat is gravity?<|im_end|>" in llm.render(question)
+    assert "ravity" in llm.chat(question, GREEDY)[0].outputs[0].text
+
+
+def test_what_cannot_be_served_is_refused_and_leaves_nothing(llm: LLM) -> None:
+    with pytest.raises(ContextOverflow):
+        llm.generate(["fine", list(range(300))], GREEDY)
+    with pytest.raises(RequestError):
+        llm.generate([[10**6]], GREEDY)
+    with pytest.raises(RequestError):
+        llm.generate(["a", "b"], [GREEDY])
+    with pytest.raises(RequestError, match="options"):
+        LLM("smollm2:135m", nosuch=1)
+    assert not llm.engine.has_work()
