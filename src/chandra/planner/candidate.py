@@ -22,6 +22,8 @@ ANSWER = 256  # tokens of the answer that plans are compared with
 HOST = "cpu"
 HOP = 2e-5  # seconds to hand the hidden state to the next device
 
+Number = float | np.ndarray[Any, np.dtype[Any]]
+
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
@@ -52,7 +54,10 @@ class Candidate:
 
     def pieces(self, device: str) -> Pieces:
         """Bytes of the weights as this device keeps them."""
-        return self.sizes.host if device == HOST or device.startswith("virtual") else self.sizes.packed
+        return self.sizes.host if self._on_cpu(device) else self.sizes.packed
+
+    def _on_cpu(self, device: str) -> bool:
+        return device == HOST or device.startswith("virtual")
 
     @cached_property
     def kv_token(self) -> Floats:
@@ -67,33 +72,40 @@ class Candidate:
         return blocks * BLOCK_SIZE * self.kv_token
 
     def _by_attention(self, measure: Callable[[LayerGroup], int]) -> Floats:
-        shapes = [(x.attention.num_kv_heads, x.attention.head_dim, x.attention.window) for x in self.model.spec.layers]
-        known = {shape: measure(LayerGroup((0,), *shape)) for shape in set(shapes)}
-        return np.array([known[shape] for shape in shapes], np.float64)
+        shapes, which, _, _ = self.model.attention
+        return np.array([measure(LayerGroup((0,), *shape)) for shape in shapes], np.float64)[which]
 
     def weights(self, device: str) -> Floats:
-        return _sum(self.pieces(device))
+        return self.pieces(device).layers
 
     @cached_property
     def least_need(self) -> Floats:
         """Bytes of each layer and its cache that no device can do without."""
-        return np.minimum(self.weights(HOST), _sum(self.sizes.packed)) + self.kv_need
+        return np.minimum(self.weights(HOST), self.sizes.packed.layers) + self.kv_need
 
     def least_rate(self, device: str, gpus: Sequence[Device]) -> float:
         """The least seconds per byte of any layer on a device; on the host, however it is offloaded."""
-        seconds = self.request_seconds("resident", device)
-        if device == HOST:
-            for gpu in gpus:
+        key = ("least", device)
+        if key not in self._cache:
+            seconds = self.request_seconds("resident", device)
+            for gpu in gpus if device == HOST else ():
                 seconds = np.minimum(seconds, self.request_seconds("stream", gpu.name))
                 if any(self.sizes.packed.experts):
                     seconds = np.minimum(seconds, self.request_seconds("resident", gpu.name, apart=True))
-        return float((seconds / self.least_need).min())
+            self._cache[key] = float((seconds / self.least_need).min())
+        return cast(float, self._cache[key])
+
+    def layer_seconds(self, device: str) -> float:
+        """Seconds of all layers on a device."""
+        if ("all", device) not in self._cache:
+            self._cache["all", device] = float(self.request_seconds("resident", device).sum())
+        return cast(float, self._cache["all", device])
 
     def workspace(self, device: str, head: bool, layers: Sequence[int] | None = None) -> int:
         """Bytes of activation buffers, and of the CPU kernels' own. `layers`: those held; None: any of them."""
         spec, rows = self.model.spec, self.max_logit_rows if head else 0
         held = range(spec.num_layers) if layers is None else layers
-        own = self.model.kernels.scratch_bytes(spec, self.chunk, rows) if self.pieces(device) is self.sizes.host else 0
+        own = self.model.kernels.scratch_bytes(spec, self.chunk, rows) if self._on_cpu(device) else 0
         return own + workspace_bytes(spec, held, self.chunk, rows)
 
     def step_seconds(
@@ -103,39 +115,49 @@ class Candidate:
 
         `device` computes it; with `apart` the CPU computes the experts.
         """
-        sizes, rate, host = self.sizes, self.rate(device), self.rate(HOST)
-        dense, experts = np.array(sizes.packed.dense, float), np.array(sizes.packed.experts, float)
-        read = experts * (1 - (1 - np.array(sizes.active)) ** rows)
-        seen, heads = self._attention_shape(context)
-        macs = rows * (np.array(sizes.dense_macs) + 2 * heads * np.minimum(seen, (context + rows) / 2))
-        expert_macs = rows * np.array(sizes.expert_macs)
-        elsewhere, hops = np.zeros(len(dense)), self.machine.host.layer_overhead + 2 * HOP
-        if apart:
-            elsewhere = np.maximum(read / host.bandwidth, expert_macs / host.macs) + hops
-            elsewhere, read, expert_macs = np.where(experts > 0, elsewhere, 0), 0 * read, 0 * expert_macs
-        reads = dense + read + sequences * seen * self.kv_token
-        profile = self.machine.of(device)
-        compute = np.maximum(reads / rate.bandwidth, (macs + expert_macs) / rate.macs) + profile.layer_overhead
-        if placement == "stream" and profile.link is not None:
-            compute = np.maximum(compute, (dense + experts) / profile.link)
-        elif placement == "disk":
-            compute = np.maximum(compute, (dense + experts) / self.machine.disk)
-        return cast(Floats, compute + elsewhere)
+        return self._copied(placement, device, self._compute(device, rows, sequences, context, apart))
 
-    def _attention_shape(self, context: float) -> tuple[Floats, Floats]:
-        """Tokens a query sees, and width of all query heads."""
-        attention = [layer.attention for layer in self.model.spec.layers]
-        seen = np.array([min(context, a.window or context) for a in attention])
-        return seen, np.array([float(a.num_heads * a.head_dim) for a in attention])
+    def _compute(self, device: str, rows: Number, sequences: Number, context: Number, apart: bool) -> Floats:
+        """Seconds of each layer whose weights are at hand, `(layers,)`, or a row of them for each row of the inputs."""
+        sizes, rate, host = self.sizes, self.rate(device), self.rate(HOST)
+        _, _, windows, heads = self.model.attention
+        seen = np.minimum(context, windows)
+        macs = rows * (sizes.per_layer.dense_macs + 2 * heads * np.minimum(seen, (context + rows) / 2))
+        read = sizes.packed.dense_array
+        expert_macs: Number = 0.0
+        elsewhere: Number = 0.0
+        if any(sizes.packed.experts):
+            experts = sizes.packed.layers - read
+            used, expert_macs = experts * (1 - sizes.per_layer.idle**rows), rows * sizes.per_layer.expert_macs
+            if apart:
+                hops = self.machine.host.layer_overhead + 2 * HOP
+                elsewhere = np.where(experts > 0, np.maximum(used / host.bandwidth, expert_macs / host.macs) + hops, 0)
+                expert_macs = 0.0
+            else:
+                read = read + used
+        read = read + sequences * seen * self.kv_token
+        compute = np.maximum(read / rate.bandwidth, (macs + expert_macs) / rate.macs)
+        return cast(Floats, compute + self.machine.of(device).layer_overhead + elsewhere)
+
+    def _copied(self, placement: Placement, device: str, seconds: Floats) -> Floats:
+        """Copies for each step run beside the computation: the longer of both counts."""
+        link = self.machine.of(device).link
+        if placement == "stream" and link is not None:
+            return np.maximum(seconds, self.sizes.packed.layers / link)
+        return np.maximum(seconds, self.sizes.packed.layers / self.machine.disk) if placement == "disk" else seconds
 
     def request_seconds(self, placement: Placement, device: str, apart: bool = False) -> Floats:
         """Seconds each layer takes for one request (prompt and answer), with `parallel` of them sharing a step."""
         key = (placement, device, apart)
         if key not in self._cache:
             w = self.workload
-            rows = min(self.chunk, w.prompt)
-            prompt = self.step_seconds(placement, device, rows, 1, w.prompt / 2, apart)
-            step = self.step_seconds(placement, device, w.parallel, w.parallel, self.typical_context, apart)
+            computed = self._cache.get((device, apart))
+            if computed is None:  # of a chunk of the prompt, and of a step of the answer
+                rows, sequences = [[min(self.chunk, w.prompt)], [w.parallel]], [[1], [w.parallel]]
+                contexts = [[w.prompt / 2], [self.typical_context]]
+                computed = self._compute(device, np.array(rows), np.array(sequences), np.array(contexts), apart)
+                self._cache[device, apart] = computed
+            prompt, step = self._copied(placement, device, computed)
             self._cache[key] = -(-w.prompt // self.chunk) * prompt + ANSWER / w.parallel * step
         return cast(Floats, self._cache[key])
 
@@ -165,10 +187,11 @@ class Candidate:
 
     def taken(self, device: str, head: bool, computes: bool = True) -> int:
         """Bytes of everything but layers and their cache on a device that computes layers or only passes them on."""
-        key = ("workspace", self.pieces(device) is self.sizes.host, head, computes)
-        if key not in self._cache:
-            self._cache[key] = self.workspace(device, head, None if computes else ())
-        return int(self.machine.of(device).runtime + self.outer_weights(device, head) + self._cache[key])
+        known, on_cpu = self.model.known, self._on_cpu(device)
+        key = (on_cpu, head and self.max_logit_rows, computes, self.chunk)
+        if key not in known:
+            known[key] = self.workspace(device, head, None if computes else ())
+        return int(self.machine.of(device).runtime + self.outer_weights(device, head) + known[key])
 
     def tier(self, device: Device, head: bool, room: float, allowed: Sequence[bool]) -> Tier:
         """The device as a place for layers. `room`: bytes left for them."""
@@ -205,7 +228,3 @@ class Candidate:
             fixed_first=staging if mode == "stream" else 0.0,
             fixed_host=staging if mode == "stream" or disk_layers else 0.0,
         )
-
-
-def _sum(pieces: Pieces) -> Floats:
-    return np.add(pieces.dense, pieces.experts, dtype=np.float64)

@@ -9,7 +9,7 @@ worse.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ Run = tuple[float, int, int, State]  # time from its start to the end of the mod
 Mode = Literal["host", "stream", "experts"]
 
 STAGE_BOUNDS = 24  # how finely the time of the slowest stage is searched
+_STEPS = np.linspace(0, 1, STAGE_BOUNDS) ** 2
 BALANCE = 0.25  # weight of the slowest stage against the sum of stages
 
 
@@ -66,13 +67,12 @@ class Split:
 
 
 class Splitter:
-    """All splits of a model's layers over some devices. `last`: the device that should come last (it has the head), or
-    `hop` seconds are lost."""
+    """All splits of a model's layers over some devices. `bounds`: on the slowest stage. `last`: the device that should
+    come last (it has the head), or `hop` seconds are lost."""
 
-    def __init__(self, tiers: Sequence[Tier], num_layers: int, last: str, hop: float) -> None:
-        self.num_layers, self.last, self.hop = num_layers, last, hop
+    def __init__(self, tiers: Sequence[Tier], bounds: Floats, num_layers: int, last: str, hop: float) -> None:
+        self.bounds, self.num_layers, self.last, self.hop = bounds, num_layers, last, hop
         self.classes = _classes(tiers, last)
-        self.bounds = _stage_bounds(tiers, num_layers)
         self._rest: dict[State, Floats] = {}
         self._limits: dict[str, tuple[Floats, Ends]] = {}
 
@@ -208,11 +208,22 @@ def _classes(tiers: Sequence[Tier], last: str) -> list[list[Tier]]:
     return list(groups.values())
 
 
-def _stage_bounds(tiers: Sequence[Tier], num_layers: int) -> Floats:
-    """Bounds on the slowest stage worth trying, closer together where balance is near."""
-    totals = [float(tier.seconds.sum()) for tier in tiers]
-    most = max((total + tier.fixed for total, tier in zip(totals, tiers, strict=True)), default=0.0) * 1.000001
-    if len(tiers) < 2 or not num_layers:
+def stage_bounds(stages: Sequence[tuple[float, float]]) -> Floats:
+    """Bounds on the slowest stage worth trying, closer together where balance is near. `stages`: for each device the
+    seconds of all layers there, and those that it is busy besides."""
+    most = max((total + fixed for total, fixed in stages), default=0.0) * 1.000001
+    if len(stages) < 2:
         return np.array([most])
-    ideal = 1.000001 / sum(1 / max(total, 1e-12) for total in totals)
-    return ideal + (most - ideal) * np.linspace(0, 1, STAGE_BOUNDS) ** 2
+    ideal = 1.000001 / sum(1 / max(total, 1e-12) for total, _ in stages)
+    return ideal + (most - ideal) * _STEPS
+
+
+def least_cost(total: float, places: Iterable[tuple[float, float, float]], bounds: Floats) -> Floats:
+    """A cost, for each bound on the slowest stage, that no placement of `total` bytes is below: they are poured into
+    the places, which are (least seconds per byte, room, seconds that it is busy besides or -inf if no bound holds
+    there), the fastest first. Infinite if they cannot hold them."""
+    left, cost = np.full(len(bounds), total), BALANCE * bounds
+    for rate, room, fixed in sorted(places):
+        part = np.minimum(left, np.maximum(0.0, np.minimum(room, (bounds - fixed) / rate)))
+        left, cost = left - part, cost + rate * part
+    return np.where(left > 1e-9 * total, np.inf, (1 - 1e-9) * cost)

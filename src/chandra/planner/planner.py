@@ -14,7 +14,7 @@ from chandra.memory.device import Device
 from chandra.memory.plan import Objective, Workload
 from chandra.planner.candidate import HOP, HOST, Candidate
 from chandra.planner.cost import Machine
-from chandra.planner.placement import BALANCE, Mode, Offload, Split, Splitter
+from chandra.planner.placement import Floats, Mode, Offload, Split, Splitter, least_cost, stage_bounds
 from chandra.planner.sizes import ModelSizes, PlannableModel
 
 CONTEXTS = (8192, 4096, 2048, 1024, 512)  # tried when the user names none
@@ -113,15 +113,17 @@ def search(model: PlannableModel, devices: Sequence[Device], machine: Machine, c
     groups: dict[tuple[float, ...], list[_Option]] = defaultdict(list)
     for option in _options(model, c, len(devices) > 1):
         groups[_rank(option, model, c)].append(option)
+    allowed = {device.name: _allowed(c.layers, device.name, model.spec.num_layers) for device in devices}
     for rank in sorted(groups):
-        sites = [site for option in groups[rank] for site in _sites(model, option, devices, machine, c)]
+        sites = [site for option in groups[rank] for site in _sites(model, option, devices, machine, c, allowed)]
         best: Found | None = None
-        for site in sorted(sites, key=lambda site: site.bound):
+        for site in sorted(sites, key=lambda site: site.floor):
             least = best.score[-1] if best else float("inf")
-            if site.bound >= least:
+            if site.floor >= least:
                 break
-            for offload in site.offloads(c):
-                split = site.splitter.best(offload, site.room[HOST], least - site.head_seconds)
+            splitter = site.splitter(least)
+            for offload in site.offloads(c, splitter):
+                split = splitter.best(offload, site.room[HOST], least - site.head_seconds)
                 if split is not None:
                     least = split.cost + site.head_seconds
                     best = Found(site.candidate, split, offload, site.head.name, (*rank, least))
@@ -189,27 +191,33 @@ class _Site:
         return self.candidate.head_seconds(self.head.name)
 
     @cached_property
-    def bound(self) -> float:
-        """A cost that no placement can be below: bytes are poured into the devices, those with the least time per byte
-        first. Infinite if they cannot hold them."""
-        places = [device for device in self.devices if device.name != HOST or self.spill or self.hosted]
-        need = self.candidate.least_need
-        rooms = {d.name: float("inf") if d.name == HOST and self.spill else self.room[d.name] for d in places}
-        if need.sum() > sum(rooms.values()):
-            return float("inf")
-        left, cost = float(need.sum()), 0.0
-        for rate, name in sorted((self.candidate.least_rate(d.name, self.gpus), d.name) for d in places):
-            part = max(0.0, min(left, rooms[name]))
-            left, cost = left - part, cost + rate * part
-        return cost * (1 + BALANCE / len(places)) + self.head_seconds
+    def floors(self) -> tuple[Floats, Floats]:
+        """Bounds on the slowest stage, and for each of them a cost that no placement can be below."""
+        candidate, stages, places = self.candidate, [], []
+        for device in self.devices:
+            rate, room = candidate.least_rate(device.name, self.gpus), self.room[device.name]
+            fixed = self.head_seconds if device is self.head else 0.0
+            if device.name != HOST or self.hosted:
+                stages.append((candidate.layer_seconds(device.name), fixed))
+            if device.name == HOST and self.spill:
+                places.append((rate, float("inf"), float("-inf")))
+            elif device.name != HOST or self.hosted:
+                places.append((rate, room, fixed))
+        bounds = stage_bounds(stages)
+        return bounds, least_cost(float(candidate.least_need.sum()), places, bounds) + self.head_seconds
 
     @cached_property
-    def splitter(self) -> Splitter:
+    def floor(self) -> float:
+        return float(self.floors[1].min())
+
+    def splitter(self, below: float) -> Splitter:
+        """Of the placements that may cost less than `below`."""
+        bounds, floors = self.floors
         named = [device for device in self.devices if device.name != HOST or self.hosted]
         tiers = [self.candidate.tier(d, d is self.head, self.room[d.name], self.allowed[d.name]) for d in named]
-        return Splitter(tiers, self.candidate.num_layers, self.head.name, HOP)
+        return Splitter(tiers, bounds[floors < below], self.candidate.num_layers, self.head.name, HOP)
 
-    def offloads(self, c: Constraints) -> Iterator[Offload | None]:
+    def offloads(self, c: Constraints, splitter: Splitter) -> Iterator[Offload | None]:
         """Ways to hold what does not lie on a device. The user's own ranges leave nothing to offload."""
         candidate = self.candidate
         if self.spill < 2:
@@ -229,7 +237,7 @@ class _Site:
             if "host" in c.modes:
                 yield on_cpu
             roomy = "host" in c.modes and on_cpu.host_need.sum() + on_cpu.fixed_host <= self.room[HOST]
-            for name in self.splitter.firsts():
+            for name in splitter.firsts():
                 if "stream" in c.modes:
                     streamed = candidate.offload("stream", name, n)
                     if not (roomy and (streamed.seconds >= on_cpu.seconds).all()):  # else it cannot win
@@ -239,7 +247,12 @@ class _Site:
 
 
 def _sites(
-    model: PlannableModel, option: _Option, devices: Sequence[Device], machine: Machine, c: Constraints
+    model: PlannableModel,
+    option: _Option,
+    devices: Sequence[Device],
+    machine: Machine,
+    c: Constraints,
+    allowed: Mapping[str, Sequence[bool]],
 ) -> Iterator[_Site]:
     """The option with each device that may have the head; of devices that differ in nothing but their names the last
     one, where the last layers will lie."""
@@ -248,7 +261,6 @@ def _sites(
     candidate = Candidate(model, option.sizes, workload, option.kv_type, option.chunk, sequences, machine)
     if option.spill < 2 and candidate.least_need.sum() > sum(device.cap for device in devices):
         return
-    allowed = {device.name: _allowed(c.layers, device.name, candidate.num_layers) for device in devices}
     alone, spill = len(devices) == 1, option.spill
     heads = {
         (d.cap, d.kind, machine.of(d.name), allowed[d.name]): d for d in devices if d.name != HOST or spill or alone

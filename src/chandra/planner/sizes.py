@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from chandra.checkpoint import Checkpoint
 from chandra.models import find_sources, spec_from_config, tensor_table
 from chandra.models.spec import ModelSpec, TensorSpec
 from chandra.planner.kernels import PLAIN, HostKernels, host_kernels, packed_bytes
 from chandra.planner.mixes import LABELS, LOW_QUALITY, format_for, known_label
+from chandra.planner.placement import Ends, Floats
 
 # general.file_type of GGUF files: the label they were made with
 FILE_TYPES = {
@@ -38,6 +42,23 @@ class Pieces:
 
     def layer(self, index: int) -> int:
         return self.dense[index] + self.experts[index]
+
+    @cached_property
+    def dense_array(self) -> Floats:
+        return np.array(self.dense, np.float64)
+
+    @cached_property
+    def layers(self) -> Floats:
+        """Bytes of each layer."""
+        return self.dense_array + self.experts
+
+
+class PerLayer(NamedTuple):
+    """Multiply-adds of one token, and the share of a layer's experts that it leaves alone, over the layers."""
+
+    dense_macs: Floats
+    expert_macs: Floats
+    idle: Floats
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,10 @@ class ModelSizes:
     def low_quality(self) -> bool:
         return self.label in LOW_QUALITY
 
+    @cached_property
+    def per_layer(self) -> PerLayer:
+        return PerLayer(np.array(self.dense_macs), np.array(self.expert_macs), 1 - np.array(self.active))
+
 
 @dataclass(frozen=True)
 class PlannableModel:
@@ -76,6 +101,20 @@ class PlannableModel:
     spec: ModelSpec
     variants: tuple[ModelSizes, ...]
     kernels: HostKernels = PLAIN
+    known: dict[Any, int] = field(
+        default_factory=dict, repr=False, compare=False
+    )  # what does not change while planning
+
+    @cached_property
+    def attention(self) -> tuple[list[tuple[int, int, int | None]], Ends, Floats, Floats]:
+        """The kinds of attention (key/value heads, head_dim, window) and, over the layers: which of them it has, the
+        tokens that a query sees at most, the width of all query heads."""
+        attention = [layer.attention for layer in self.spec.layers]
+        shapes = [(a.num_kv_heads, a.head_dim, a.window) for a in attention]
+        kinds = list(dict.fromkeys(shapes))
+        windows = np.array([a.window or np.inf for a in attention])
+        heads = np.array([float(a.num_heads * a.head_dim) for a in attention])
+        return kinds, np.array([kinds.index(shape) for shape in shapes]), windows, heads
 
 
 def plannable_config(
