@@ -1,8 +1,10 @@
 """One process of `compare_cpu.py`: loads a model in one engine, runs the tasks given on stdin, prints JSON lines.
 
-    python cpu_worker.py chandra|llama.cpp < task.json
+    python cpu_worker.py chandra|llama.cpp|float32 < task.json
 
-A task is {path, ctx, threads, sequences, runs: [[name, prompt_len, sequences, tokens], …]}.
+A task is {path, ctx, threads, sequences, runs: [{prompt, sequences, tokens, names}, …]}, or, to compare logits,
+{path, threads, score: token ids, out: file for their float32 log-probabilities}. float32 is transformers with the
+dequantized weights: it can only score.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 Times = tuple[float, float]  # seconds to read all prompts, seconds to generate after that
+Logits = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class Chandra:
@@ -43,6 +48,28 @@ class Chandra:
             engine.step()
         rest = len(prompts) * (tokens + 1) - early
         return first - started, (time.perf_counter() - first) * len(prompts) * tokens / max(rest, 1)
+
+    def score(self, ids: list[int]) -> Logits:
+        """Logits after each token, by the same decoder and cache: one token a step, as when generating."""
+        from chandra.kvcache import BatchView, BlockManager
+        from chandra.ops.contracts import ForwardBatch
+
+        runtime = self.llm.runtime
+        pool, config = runtime.pool, runtime.engine.config
+        tokens = np.array(ids, np.int32)
+        blocks = BlockManager(pool.groups, pool.num_blocks, pool.block_size, -(-len(ids) // pool.block_size), False)
+        view = BatchView(pool, 1, blocks.max_blocks, config.chunk)
+        blocks.allocate(0, tokens)
+        rows = []
+        for at in range(len(ids)):
+            blocks.append(0, at + 1)
+            position = np.array([at], np.int32)
+            start, context, row = np.array([0, 1], np.int32), np.array([at + 1], np.int32), np.zeros(1, np.int32)
+            view.prepare([blocks.tables[0]], position, start)
+            batch = ForwardBatch(tokens[at : at + 1], position, start, context, row)
+            rows.append(runtime.decoder.forward(batch, view)[0].copy())
+            blocks.commit(0, tokens, at + 1)
+        return np.stack(rows)
 
 
 class LlamaCpp:
@@ -74,12 +101,20 @@ class LlamaCpp:
                 final = at + 512 >= len(prompt)
                 rows = [(t, at + i, seq, final and i == len(piece) - 1) for i, t in enumerate(piece)]
                 self._decode(rows)
-            last.append(self._best(len(piece) - 1))
+            last.append(int(self._logits(len(piece) - 1).argmax()))
         first = time.perf_counter()
         for step in range(tokens):
             self._decode([(t, len(prompts[s]) + step, s, True) for s, t in enumerate(last)])
-            last = [self._best(i) for i in range(len(prompts))]
+            last = [int(self._logits(i).argmax()) for i in range(len(prompts))]
         return first - started, time.perf_counter() - first
+
+    def score(self, ids: list[int]) -> Logits:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        rows = []
+        for at, token in enumerate(ids):
+            self._decode([(token, at, 0, True)])
+            rows.append(self._logits(0).copy())
+        return np.stack(rows)
 
     def _decode(self, rows: list[tuple[int, int, int, bool]]) -> None:
         b = self.batch
@@ -90,10 +125,25 @@ class LlamaCpp:
         if self.lib.llama_decode(self.context, b):
             raise RuntimeError("llama_decode failed")
 
-    def _best(self, row: int) -> int:
-        import numpy as np
+    def _logits(self, row: int) -> Logits:
+        return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, row), (self.vocab,))
 
-        return int(np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, row), (self.vocab,)).argmax())
+
+class Float32:
+    """transformers on the dequantized weights: what both engines approximate."""
+
+    def __init__(self, task: dict[str, Any]) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.torch = torch
+        path = Path(task["path"])
+        self.model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+    def score(self, ids: list[int]) -> Logits:
+        with self.torch.no_grad():
+            logits: Logits = self.model(self.torch.tensor([ids])).logits[0].numpy()
+        return logits
 
 
 def _quiet(llama_cpp: Any) -> Any:
@@ -108,21 +158,33 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
 
 
+def score(engine: Any, task: dict[str, Any]) -> None:
+    """Write log-probabilities, a block of rows at a time."""
+    logits = engine.score(task["score"])
+    for start in range(0, len(logits), 32):
+        rows = logits[start : start + 32].astype(np.float64)
+        rows -= rows.max(1, keepdims=True)
+        logits[start : start + 32] = rows - np.log(np.exp(rows).sum(1, keepdims=True))
+    np.save(task["out"], logits)
+
+
 def main() -> None:
     task = json.load(sys.stdin)
     started = time.perf_counter()
-    engine: Any = (Chandra if sys.argv[1] == "chandra" else LlamaCpp)(task)
+    engine: Any = {"chandra": Chandra, "llama.cpp": LlamaCpp, "float32": Float32}[sys.argv[1]](task)
+    if "score" in task:
+        score(engine, task)
+        return
     engine.run([[1, 2, 3, 4]], 0)
-    print(json.dumps({"load": {"seconds": time.perf_counter() - started}}), flush=True)
-    for name, prompt_len, sequences, tokens in task["runs"]:
-        draw = random.Random(prompt_len + sequences)
-        prompts = [[draw.randrange(10, engine.vocab - 300) for _ in range(prompt_len)] for _ in range(sequences)]
+    print(json.dumps({"load": time.perf_counter() - started}), flush=True)
+    for run in task["runs"]:
+        length, sequences, tokens = run["prompt"], run["sequences"], run["tokens"]
+        draw = random.Random(length + sequences)
+        prompts = [[draw.randrange(10, engine.vocab - 300) for _ in range(length)] for _ in range(sequences)]
         prefill, decode = engine.run(prompts, tokens)
-        result = {"prefill": sequences * prompt_len / prefill}
-        if tokens:
-            result["decode"] = sequences * tokens / decode
-        print(json.dumps({name: result}), flush=True)
-    print(json.dumps({"memory": {"peak": peak_bytes()}}), flush=True)
+        rates = {"prefill": sequences * length / prefill, "decode": sequences * tokens / decode if tokens else 0}
+        print(json.dumps({name: rates[name.split()[0]] for name in run["names"]}), flush=True)
+    print(json.dumps({"memory": peak_bytes()}), flush=True)
 
 
 if __name__ == "__main__":
