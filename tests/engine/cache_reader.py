@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from chandra.engine import Engine, EngineConfig
-from chandra.kvcache import KVPool, LayerGroup
+from chandra.kvcache import KVPool, LayerGroup, SwapSpace
 from chandra.memory.device import Device
 from chandra.memory.ledger import Ledger
 from chandra.ops.contracts import ForwardBatch, KVView
@@ -19,6 +19,16 @@ FULL, WINDOW = LayerGroup((0,), 1, 1), LayerGroup((1,), 1, 1, window=9)
 class Host:
     def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
         return np.full(shape, -1, dtype)
+
+    def download(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return array.copy()
+
+    def write(self, host: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
+        out[...] = host
+
+    def trim(self, array: np.ndarray[Any, Any], rows: int) -> bool:
+        array[rows:] = -1
+        return True
 
 
 class CacheReader:
@@ -62,10 +72,19 @@ def logits_after(tokens: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def make_engine(
-    full: int = 60, window: int = 40, context: int = 64, seqs: int = 4, chunk: int = 16, rows: int = 0, **config: Any
+    full: int = 60,
+    window: int = 40,
+    context: int = 64,
+    seqs: int = 4,
+    chunk: int = 16,
+    rows: int = 0,
+    slots: int = 0,
+    **config: Any,
 ) -> tuple[Engine, CacheReader]:
     ledger = Ledger([Device("cpu", "cpu", 1 << 30)])
-    pool = KVPool([FULL, WINDOW], [full, window], SIZE, "f32", {"cpu": Host()}, ledger)  # type: ignore[dict-item]
+    host: Any = {"cpu": Host()}
+    pool = KVPool([FULL, WINDOW], [full, window], SIZE, "f32", host, ledger)
+    swap = SwapSpace(pool, [slots, slots], host, ledger) if slots else None
     decoder = CacheReader(chunk, rows or seqs)
     limits = EngineConfig(context, seqs, chunk, rows or seqs, **config)
-    return Engine(decoder, pool, limits, VOCAB, eos_ids=(0,)), decoder
+    return Engine(decoder, pool, limits, VOCAB, eos_ids=(0,), swap=swap), decoder

@@ -100,12 +100,15 @@ def random_requests(rng: random.Random, count: int, longest: int) -> list[tuple[
 
 
 @pytest.mark.parametrize("caching", [True, False])
-@pytest.mark.parametrize(("full", "window", "seqs", "chunk"), [(200, 80, 32, 64), (20, 14, 6, 16), (16, 8, 3, 5)])
-def test_company_aborts_and_preemption_change_no_text(
-    caching: bool, full: int, window: int, seqs: int, chunk: int
+@pytest.mark.parametrize(
+    ("full", "window", "seqs", "chunk", "slots"),
+    [(200, 80, 32, 64, 0), (20, 14, 6, 16, 0), (20, 14, 6, 16, 12), (20, 14, 6, 16, 60), (16, 8, 3, 5, 40)],
+)
+def test_company_aborts_preemption_and_swap_change_no_text(
+    caching: bool, full: int, window: int, seqs: int, chunk: int, slots: int
 ) -> None:
     rng = random.Random(full)
-    engine, _ = make_engine(full, window, 64, seqs, chunk, prefix_caching=caching)
+    engine, _ = make_engine(full, window, 64, seqs, chunk, slots=slots, prefix_caching=caching)
     requests = random_requests(rng, 32, 35)
     texts: dict[int, list[int]] = {}
     wanted: dict[int, list[int]] = {}
@@ -130,6 +133,8 @@ def test_company_aborts_and_preemption_change_no_text(
     assert counters.generated_tokens == sum(map(len, texts.values()))
     if full < 100:
         assert counters.preemptions > 0
+        assert (counters.swapped_out_blocks > 0) == (slots > 0)
+    assert not engine.blocks.swapped
     if caching:
         assert counters.prefix_hits > 0
 
@@ -138,7 +143,7 @@ def test_company_aborts_and_preemption_change_no_text(
 @settings(deadline=None, max_examples=25)
 def test_random_engines_give_every_sequence_its_text(seed: int, full: int, chunk: int, rows: int) -> None:
     rng = random.Random(seed)
-    engine, _ = make_engine(full, 8 + -(-chunk // SIZE), 64, 5, chunk, rows)
+    engine, _ = make_engine(full, 8 + -(-chunk // SIZE), 64, 5, chunk, rows, slots=rng.choice([0, 10, 40]))
     wanted = {}
     for prompt, params in random_requests(rng, 8, 40):
         for index, seq_id in enumerate(engine.add(prompt, params)):

@@ -56,10 +56,10 @@ def requests(count: int) -> list[tuple[list[int], SamplingParams]]:
     return made
 
 
-@pytest.mark.parametrize(("seqs", "chunk", "blocks"), [(32, 64, 0), (5, 9, 17)])
-def test_every_sequence_has_the_text_it_has_alone(model: Tiny, seqs: int, chunk: int, blocks: int) -> None:
+@pytest.mark.parametrize(("seqs", "chunk", "blocks", "slots"), [(32, 64, 0, 0), (5, 9, 17, 0), (5, 9, 17, 20)])
+def test_every_sequence_has_the_text_it_has_alone(model: Tiny, seqs: int, chunk: int, blocks: int, slots: int) -> None:
     rng = random.Random(seqs)
-    engine = model.engine(seqs=seqs, chunk=chunk, blocks=blocks)
+    engine = model.engine(seqs=seqs, chunk=chunk, blocks=blocks, slots=slots)
     texts: dict[int, list[int]] = {}
     made, aborted = {}, set()
     for prompt, params in requests(32 if isinstance(model.backend, CpuBackend) else 4):
@@ -78,6 +78,7 @@ def test_every_sequence_has_the_text_it_has_alone(model: Tiny, seqs: int, chunk:
         assert got == (text[: len(got)] if seq_id in aborted else text)
     if blocks and len(made) == 32:
         assert engine.counters().preemptions > 0
+        assert (engine.counters().swapped_in_blocks > 0) == (slots > 0)
 
 
 def test_chunks_cached_prefixes_and_company_leave_the_logits_alone(model: Tiny) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from chandra.backends.cpu.backend import CpuBackend
 from chandra.checkpoint.base import TensorInfo
 from chandra.engine import Engine, EngineConfig
-from chandra.kvcache import KVPool, group_layers
+from chandra.kvcache import KVPool, SwapSpace, group_layers
 from chandra.memory.device import Device
 from chandra.memory.ledger import Ledger
 from chandra.models import Backends, Decoder, ModelSpec, load_decoder, spec_from_config, tensor_table
@@ -91,13 +91,21 @@ class Tiny:
         )
 
     def engine(
-        self, context: int = 64, seqs: int = 4, chunk: int = 16, blocks: int = 0, kv_type: str = "f32", **config: Any
+        self,
+        context: int = 64,
+        seqs: int = 4,
+        chunk: int = 16,
+        blocks: int = 0,
+        kv_type: str = "f32",
+        slots: int = 0,
+        **config: Any,
     ) -> Engine:
-        """`blocks` of each layer group: 0 for as many as all sequences could need."""
+        """`blocks` of each layer group: 0 for as many as all sequences could need. `slots`: of swap space."""
         groups = group_layers([layer.attention for layer in self.spec.layers])
         counts = [g.max_blocks(context, chunk, SIZE, seqs) for g in groups]
         if blocks:
             counts = [min(count, blocks) for count in counts]
         pool = KVPool(groups, counts, SIZE, kv_type, {"cpu": self.backend}, self.ledger)
-        rows = config.pop("rows", seqs)
-        return Engine(self.decoder, pool, EngineConfig(context, seqs, chunk, rows, **config), VOCAB, eos_ids=(0,))
+        swap = SwapSpace(pool, [slots] * len(groups), {"cpu": self.backend}, self.ledger) if slots else None
+        limits = EngineConfig(context, seqs, chunk, config.pop("rows", seqs), **config)
+        return Engine(self.decoder, pool, limits, VOCAB, eos_ids=(0,), swap=swap)

@@ -16,7 +16,7 @@ from chandra.engine.sampler import TokenLogprobs, derive_seed
 from chandra.engine.scheduler import Chunk, Scheduler
 from chandra.engine.sequence import FinishReason, Sequence
 from chandra.errors import ChandraError, ContextOverflow, RequestError, UsageError
-from chandra.kvcache import BlockManager, KVPool
+from chandra.kvcache import BlockManager, KVPool, SwapSpace
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class Counters:
     prefix_queries: int  # prompt tokens looked up in the prefix cache
     prefix_hits: int  # of these, found
     preemptions: int
+    swapped_out_blocks: int
+    swapped_out_bytes: int
+    swapped_in_blocks: int
+    swapped_in_bytes: int
     running: int
     waiting: int
     cache_usage: float  # share of the fullest layer group's blocks that sequences hold
@@ -49,18 +53,27 @@ class Counters:
 class Engine:
     """Generates for many sequences at once. Not safe to share between threads.
 
-    `vocab_size` bounds token ids; `eos_ids` end a sequence unless its parameters say otherwise.
+    `vocab_size` bounds token ids; `eos_ids` end a sequence unless its parameters say otherwise. With `swap`, what a
+    preempted sequence had computed is kept there as long as there is room.
     """
 
     def __init__(
-        self, decoder: Forward, pool: KVPool, config: EngineConfig, vocab_size: int, eos_ids: Iterable[int] = ()
+        self,
+        decoder: Forward,
+        pool: KVPool,
+        config: EngineConfig,
+        vocab_size: int,
+        eos_ids: Iterable[int] = (),
+        swap: SwapSpace | None = None,
     ) -> None:
         self.config = config
         self.vocab_size = vocab_size
         self.eos_ids = frozenset(eos_ids)
         self.context_len = _usable_context(pool, config)
         max_blocks = -(-self.context_len // pool.block_size)
-        self.blocks = BlockManager(pool.groups, pool.num_blocks, pool.block_size, max_blocks, config.prefix_caching)
+        self.blocks = BlockManager(
+            pool.groups, pool.num_blocks, pool.block_size, max_blocks, config.prefix_caching, swap
+        )
         self.scheduler = Scheduler(config, self.blocks)
         self.runner = ModelRunner(decoder, pool, self.blocks, config)
         self._sequences: dict[int, Sequence] = {}
@@ -128,12 +141,17 @@ class Engine:
         return bool(self._sequences)
 
     def counters(self) -> Counters:
+        swap = self.blocks.swap
         return Counters(
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             prefix_queries=self.blocks.queries,
             prefix_hits=self.blocks.hits,
             preemptions=self.scheduler.preemptions,
+            swapped_out_blocks=swap.out_blocks if swap else 0,
+            swapped_out_bytes=swap.out_bytes if swap else 0,
+            swapped_in_blocks=swap.in_blocks if swap else 0,
+            swapped_in_bytes=swap.in_bytes if swap else 0,
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
             cache_usage=self.blocks.usage,

@@ -2,8 +2,8 @@
 
 Continuous batching (Yu et al., Orca, 2022) with chunked prefill (Agrawal et al., Sarathi-Serve, 2024): every running
 sequence that decodes gets its one row, and prompts fill up the rest of the step in chunks. Sequences are served in
-order of arrival. When blocks run out, the latest arrival gives its own back and is computed again later; the earliest
-can always go on, because a sequence that does not fit alone is never accepted.
+order of arrival. When blocks run out, the latest arrival gives its own back: they wait in swap space, or are computed
+again later. The earliest can always go on, because a sequence that does not fit alone is never accepted.
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ class Scheduler:
         """Take a finished or aborted sequence out, whatever its state, and free its blocks."""
         (self.running if sequence.state is State.RUNNING else self.waiting).remove(sequence)
         sequence.state = State.FINISHED
-        if sequence.id in self.blocks.tables:
-            self.blocks.free(sequence.id)
+        self.blocks.free(sequence.id)
 
     def release_followers(self, leader: Sequence) -> None:
         """Let the sequences that share the leader's prompt begin with its blocks."""
@@ -78,17 +77,32 @@ class Scheduler:
         for sequence in self._admissible():
             if len(self.running) == self.config.max_num_seqs or not self._tokens_left or not self._rows_left:
                 return
-            if sequence.id not in self.blocks.tables:
-                reuse = sequence.prompt_logprobs is None
-                sequence.num_computed = self.blocks.allocate(sequence.id, sequence.tokens, sequence.salt, reuse)
+            swapped = sequence.id in self.blocks.swapped
+            if not swapped and sequence.id not in self.blocks.tables:
+                self._start(sequence)
             # room for the whole of it, and for each running sequence to go on: else it would soon be preempted again
             room = self.blocks.has_room(sequence.id, sequence.num_tokens, self.config.chunk, len(self.running))
             if self.running and not room:
                 return
+            if swapped:
+                self._swap_in(sequence)
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_by_id)
             sequence.state = State.RUNNING
             self._place(sequence)
+
+    def _swap_in(self, sequence: Sequence) -> None:
+        """Bring it back, at the cost of those that only hold a prompt; where even that does not do, it starts anew."""
+        while not self.blocks.swap_in(sequence.id):
+            holder = next((s for s in reversed(self.waiting) if s.id in self.blocks.tables), None)
+            self.blocks.free((holder or sequence).id)
+            if holder is None:
+                self._start(sequence)
+                return
+
+    def _start(self, sequence: Sequence) -> None:
+        reuse = sequence.prompt_logprobs is None
+        sequence.num_computed = self.blocks.allocate(sequence.id, sequence.tokens, sequence.salt, reuse)
 
     def _admissible(self) -> Iterator[Sequence]:
         return (s for s in tuple(self.waiting) if not s.held_back)
@@ -127,9 +141,11 @@ class Scheduler:
         return next(holding, self.running[-1])
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.blocks.free(sequence.id)
         if sequence.state is State.WAITING:
+            self.blocks.free(sequence.id)
             return
+        if not self.blocks.swap_out(sequence.id, sequence.tokens):
+            self.blocks.free(sequence.id)
         self.preemptions += 1
         self.running.remove(sequence)
         sequence.state = State.WAITING

@@ -1,19 +1,21 @@
 """Block tables of the sequences, and the prefix cache.
 
 Blocks are shared only when full, and full blocks are never written again, so nothing is ever copied. The prefix cache
-finds a full block by the hash of its tokens and all before them (as in vLLM and SGLang's radix cache).
+finds a full block by the hash of its tokens and all before them (as in vLLM and SGLang's radix cache). A preempted
+sequence's table can wait in swap space: its rows then name slots there.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from chandra.kvcache.allocator import BlockAllocator
 from chandra.kvcache.layout import LayerGroup
+from chandra.kvcache.swap import SwapSpace
 from chandra.ops.contracts import IntArray
 
 
@@ -45,20 +47,23 @@ class BlockManager:
         block_size: int,
         max_blocks: int,
         prefix_caching: bool = True,
+        swap: SwapSpace | None = None,
     ) -> None:
         self.groups = tuple(groups)
         self.block_size = block_size
         self.max_blocks = max_blocks
         self.prefix_caching = prefix_caching
         self.allocators = [BlockAllocator(n) for n in num_blocks]
+        self.swap = swap
         self.tables: dict[int, BlockTable] = {}
+        self.swapped: dict[int, BlockTable] = {}
         self.queries = 0  # prompt tokens looked up in the prefix cache
         self.hits = 0  # of these, found
 
     @property
     def usage(self) -> float:
         """Share of the blocks that sequences hold, in the fullest group."""
-        return max(1 - a.available / a.num_blocks for a in self.allocators)
+        return max(a.in_use / a.limit for a in self.allocators)
 
     def allocate(self, seq_id: int, token_ids: IntArray, salt: bytes = b"", reuse: bool = True) -> int:
         """Start a sequence's table. Returns how many leading tokens are already in the cache (never all of them).
@@ -101,11 +106,11 @@ class BlockManager:
 
     def has_room(self, seq_id: int, num_tokens: int, chunk: int, spare: int) -> bool:
         """Whether the sequence could grow to `num_tokens`, in chunks, and leave `spare` blocks in every group."""
-        table = self.tables[seq_id]
+        table = self.tables.get(seq_id)
         return all(
-            group.max_blocks(num_tokens, chunk, self.block_size) - table.num_blocks + held + spare
-            <= allocator.available
-            for group, allocator, held in zip(self.groups, self.allocators, table.held, strict=True)
+            group.max_blocks(num_tokens, chunk, self.block_size) - (table.num_blocks - table.held[i] if table else 0)
+            <= allocator.available - spare
+            for i, (group, allocator) in enumerate(zip(self.groups, self.allocators, strict=True))
         )
 
     def commit(self, seq_id: int, token_ids: IntArray, num_tokens: int) -> None:
@@ -138,11 +143,65 @@ class BlockManager:
         return table.num_tokens
 
     def free(self, seq_id: int) -> None:
-        """End a sequence's table. Its last blocks are evicted first, so that shorter prefixes live longer."""
-        table = self.tables.pop(seq_id)
-        for group, allocator in enumerate(self.allocators):
-            for block in reversed(table.rows[group, table.held[group] : table.num_blocks].tolist()):
-                allocator.release(block)
+        """End a sequence's table, if it has one. Its last blocks are evicted first, so that shorter prefixes live
+        longer."""
+        if table := self.tables.pop(seq_id, None):
+            self._release(table, self.allocators)
+        elif self.swap is not None and (table := self.swapped.pop(seq_id, None)):
+            self._release(table, self.swap.allocators)
+
+    def swap_out(self, seq_id: int, token_ids: IntArray) -> bool:
+        """Move a sequence's table to swap space. False, with nothing moved, if that has no room or nothing is computed.
+
+        What the table holds beyond the tokens that are in the cache is dropped.
+        """
+        table = self.tables[seq_id]
+        full, used = table.num_tokens // self.block_size, -(-table.num_tokens // self.block_size)
+        if self.swap is None or not used:
+            return False
+        if any(s.available < used - held for s, held in zip(self.swap.allocators, table.held, strict=True)):
+            return False
+        self._hash(table, token_ids, full)
+        rows = np.full_like(table.rows, -1)
+        for group, start in enumerate(table.held):
+            keys = [*table.hashes[start:full], *([None] if used > max(start, full) else [])]
+            rows[group, start:used] = self.swap.save(group, table.rows[group, start:used].tolist(), keys)
+        self._release(table, self.allocators)
+        table.rows, table.num_blocks = rows, used
+        self.swapped[seq_id] = self.tables.pop(seq_id)
+        return True
+
+    def swap_in(self, seq_id: int) -> bool:
+        """Bring a table back from swap space. False, with nothing moved, if there are too few blocks."""
+        table, swap = self.swapped[seq_id], self.swap
+        assert swap is not None
+        if any(a.available < table.num_blocks - held for a, held in zip(self.allocators, table.held, strict=True)):
+            return False
+        rows, full = np.full_like(table.rows, -1), table.num_tokens // self.block_size
+        for group, (allocator, start) in enumerate(zip(self.allocators, table.held, strict=True)):
+            slots = table.rows[group, start : table.num_blocks].tolist()
+            keys = [*table.hashes[start:full], *([None] if table.num_blocks > max(start, full) else [])]
+            blocks, new = allocator.claim(keys)
+            swap.restore(group, [slots[i] for i in new], [blocks[i] for i in new])
+            for block, key in zip(blocks, keys, strict=True):
+                if key is not None and self.prefix_caching:
+                    allocator.register(block, key)
+            rows[group, start : table.num_blocks] = blocks
+        self._release(table, swap.allocators)
+        table.rows, table.version = rows, table.version + 1
+        self.tables[seq_id] = self.swapped.pop(seq_id)
+        return True
+
+    def set_limit(self, group: int, limit: int) -> dict[int, int]:
+        """Use only the first `limit` blocks of a group, at least as many as are in use. Returns the moves from block
+        to block that it takes: their contents must be copied before the next step."""
+        moves = self.allocators[group].set_limit(limit)
+        for table in self.tables.values() if moves else ():
+            row = table.rows[group]
+            for index in np.flatnonzero(row >= limit):
+                row[index] = moves[int(row[index])]
+            table.version += 1
+        return moves
 
     def drop_cached(self) -> int:
         """Forget every cached block that no sequence holds; how many there were."""
@@ -150,9 +209,14 @@ class BlockManager:
 
     def check_integrity(self) -> None:
         """Recompute who holds what. Raises AssertionError where the books are wrong."""
-        for group, allocator in enumerate(self.allocators):
+        self._check(self.tables, self.allocators)
+        if self.swap is not None:
+            self._check(self.swapped, self.swap.allocators)
+
+    def _check(self, tables: Mapping[int, BlockTable], allocators: Sequence[BlockAllocator]) -> None:
+        for group, allocator in enumerate(allocators):
             held: Counter[int] = Counter()
-            for seq_id, table in self.tables.items():
+            for seq_id, table in tables.items():
                 row, start, full = table.rows[group], table.held[group], table.num_tokens // self.block_size
                 blocks = row[start : table.num_blocks].tolist()
                 assert {-1}.issuperset([*row[:start].tolist(), *row[table.num_blocks :].tolist()]), f"{seq_id}: stray"
@@ -164,6 +228,11 @@ class BlockManager:
                     key = allocator.hash_of.get(block)
                     assert key is None or key == table.hashes[index], f"block {block} is cached under a wrong hash"
             allocator.check(held)
+
+    def _release(self, table: BlockTable, allocators: Sequence[BlockAllocator]) -> None:
+        for row, held, allocator in zip(table.rows, table.held, allocators, strict=True):
+            for block in reversed(row[held : table.num_blocks].tolist()):
+                allocator.release(block)
 
     def _first_visible(self, group: LayerGroup, position: int) -> int:
         """The first block that the token at `position` sees."""

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from functools import cache
 from pathlib import Path
+
+_MADV_DONTNEED = 4
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def memory_limit() -> int:
@@ -29,6 +38,14 @@ def resident_bytes() -> tuple[int, int]:
         return int(fields.get(name, "0 kB").split()[0]) * 1024
 
     return kib("RssAnon"), kib("RssFile") + kib("RssShmem")
+
+
+def give_back(address: int, nbytes: int) -> None:
+    """Return the whole pages among these bytes of anonymous memory to the system; they read as zeros from then on."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    start, end = -(-address // page) * page, (address + nbytes) // page * page
+    if start < end and _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED):
+        raise OSError(ctypes.get_errno(), "madvise")
 
 
 def usable_cores() -> int:

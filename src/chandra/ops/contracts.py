@@ -167,6 +167,11 @@ class Backend(ABC):
         """Copy a host array into a device array of the same shape (the hidden state, between devices)."""
         out[...] = self.upload(host)
 
+    def trim(self, array: Array, rows: int) -> bool:  # noqa: ARG002
+        """Give the memory behind `array[rows:]` back to the system; what was there is lost, and writing there takes
+        memory again. False, with nothing done, where a device cannot do that."""
+        return False
+
     @abstractmethod
     def load_weight(self, weight: PackedWeight, lookup: bool = False) -> Weight:
         """Put a weight where this device's kernels want it, repacked if that gains. `lookup`: only `embed` will read

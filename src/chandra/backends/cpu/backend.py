@@ -11,6 +11,7 @@ from chandra.backends.cpu import _cpu
 from chandra.backends.cpu.kernels import make_weight
 from chandra.errors import UsageError
 from chandra.memory.device import Device
+from chandra.memory.host import give_back
 from chandra.ops import registry
 from chandra.ops.contracts import (
     Activation,
@@ -69,6 +70,11 @@ class CpuBackend(Backend):
     def download(self, array: Array) -> np.ndarray[Any, Any]:
         result: np.ndarray[Any, Any] = array
         return result
+
+    def trim(self, array: Array, rows: int) -> bool:
+        start = rows * array.strides[0]
+        give_back(array.ctypes.data + start, array.nbytes - start)
+        return True
 
     def load_weight(self, weight: PackedWeight, lookup: bool = False) -> Weight:
         """Repacked into panels, unless only rows are looked up: then it stays where it is."""

@@ -109,6 +109,9 @@ class VirtualBackend(CpuBackend):
             host: np.ndarray[Any, Any] = array.copy()
         return host
 
+    def trim(self, array: Array, rows: int) -> bool:  # noqa: ARG002 (the arena counts whole arrays)
+        return False
+
     def load_weight(self, weight: PackedWeight, lookup: bool = False) -> Weight:  # noqa: ARG002 (nothing stays mapped)
         self.arena.take(weight.nbytes)
         try:
