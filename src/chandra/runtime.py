@@ -12,7 +12,7 @@ from chandra.backends import make_backend
 from chandra.checkpoint import Checkpoint, open_checkpoint
 from chandra.config import Settings
 from chandra.engine import Engine, EngineConfig
-from chandra.kvcache import KVPool, group_layers
+from chandra.kvcache import KVPool, SwapSpace, group_layers, swap_slots
 from chandra.memory.host import resident_bytes
 from chandra.memory.ledger import Kind, Ledger
 from chandra.memory.plan import Plan
@@ -109,8 +109,9 @@ def load(
         resources.callback(decoder.close)
         pool = _make_pool(spec, made, backends, ledger)
         resources.callback(pool.close)
+        swap = _make_swap(pool, made, backends, ledger, resources)
         config = EngineConfig(made.workload.context, made.max_num_seqs, made.chunk, made.max_logit_rows)
-        engine = Engine(decoder, pool, config, spec.vocab_size, tokenizer.eos_ids)
+        engine = Engine(decoder, pool, config, spec.vocab_size, tokenizer.eos_ids, swap)
         return Runtime(
             stored=stored,
             spec=spec,
@@ -169,3 +170,14 @@ def _load_weights(
 def _make_pool(spec: ModelSpec, made: Plan, backends: Mapping[str, Backend], ledger: Ledger) -> KVPool:
     groups = group_layers([layer.attention for layer in spec.layers], [part.device for part in made.layers])
     return KVPool(groups, made.num_blocks, made.block_size, made.kv_type, backends, ledger)
+
+
+def _make_swap(
+    pool: KVPool, made: Plan, backends: Mapping[str, Backend], ledger: Ledger, resources: ExitStack
+) -> SwapSpace | None:
+    slots = swap_slots(pool.groups, made.num_blocks, made.kv_type, made.block_size, made.swap_bytes)
+    if not all(slots):
+        return None
+    swap = SwapSpace(pool, slots, backends, ledger)
+    resources.callback(swap.close)
+    return swap

@@ -80,6 +80,7 @@ def random_constraints(rng: random.Random, model: PlannableModel, devices: list[
         chunk=sometimes(rng.choice([8, 32, 100, 512])),
         layers=layers,
         reserve=sometimes(rng.randint(0, MIB)) or 0,
+        swap=sometimes(rng.randint(0, MIB)),
         disk=sometimes(rng.randint(1, model.variants[0].packed.total), 0.15) or 0,
     )
 

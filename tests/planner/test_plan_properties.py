@@ -53,6 +53,8 @@ def check_plan(made: Plan, model: PlannableModel, c: Constraints) -> None:
     for device in made.devices:
         assert not used[device.name] or used[device.name] + c.reserve <= device.cap
         assert made.predicted(device.name) >= used[device.name]
+    assert c.swap is None or made.swap_bytes == c.swap
+    assert 0 <= sum(row.nbytes for row in made.predictions if row.kind == "swap") <= made.swap_bytes
     for value, wanted in (
         (made.workload.context, c.context),
         (made.workload.parallel, c.parallel),

@@ -21,6 +21,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--host", metavar="SIZE", help="host memory to use at most")
     group.add_argument("--disk", metavar="SIZE", help="weights that may stay on disk and be read for each step")
+    group.add_argument("--swap", metavar="SIZE", help="host memory for the cache of sequences that have to wait")
     group.add_argument("--budget", metavar="SIZE", help="cap of the only device")
     group.add_argument("--ctx", type=int, metavar="TOKENS", help="context length of one sequence")
     group.add_argument("--parallel", type=int, metavar="N", help="sequences at once, each with that context")
@@ -34,7 +35,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
 
 def memory_request(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keywords for `LLM` and `PlanRequest`."""
-    names = ("host", "disk", "budget", "ctx", "parallel", "objective", "kv_type", "quant", "reserve", "chunk")
+    names = ("host", "disk", "swap", "budget", "ctx", "parallel", "objective", "kv_type", "quant", "reserve", "chunk")
     return {
         "device": tuple(arguments.device),
         "layers": tuple(arguments.layers),

@@ -14,10 +14,9 @@ from chandra.ops.contracts import Backend
 def swap_slots(
     groups: Sequence[LayerGroup], num_blocks: Sequence[int], kv_type: str, block_size: int, nbytes: int
 ) -> tuple[int, ...]:
-    """Slots of each group in `nbytes` of swap space: the same share of the cache's blocks for every group, at most
-    all of them."""
+    """Slots of each group in `nbytes` of swap space: as many for each block of the cache in every group."""
     total = sum(n * block_size * g.token_bytes(kv_type) for g, n in zip(groups, num_blocks, strict=True))
-    return tuple(n * min(nbytes, total) // total for n in num_blocks)
+    return tuple(n * nbytes // total for n in num_blocks)
 
 
 class SwapSpace:

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from chandra.kvcache.layout import group_layers
+from chandra.kvcache.swap import swap_slots
 from chandra.memory.device import Device, format_size
 from chandra.memory.ledger import Kind
 from chandra.memory.plan import Part, Placement, Plan, Prediction, Speed
 from chandra.planner.candidate import BLOCK_SIZE, HOP, HOST, Candidate
 from chandra.planner.cost import crossover_tokens
 from chandra.planner.planner import Found, loading_bytes
+
+SWAP_SHARE = 4  # one part in so many of the host memory that is left
 
 
 def assemble(found: Found, devices: Sequence[Device], reserve: int) -> Plan:
@@ -26,6 +29,14 @@ def assemble(found: Found, devices: Sequence[Device], reserve: int) -> Plan:
     parts = (embedding, *layers, *experts, head)
     w = candidate.workload
     groups = group_layers([x.attention for x in candidate.model.spec.layers], [part.device for part in layers])
+    num_blocks = tuple(g.max_blocks(w.context, candidate.chunk, BLOCK_SIZE, w.parallel) for g in groups)
+    predictions = _predictions(candidate, parts, layers, devices)
+    speed = _speed(candidate, layers, experts, head_device)
+    host = next(device for device in devices if device.name == HOST)
+    left = host.cap - reserve - sum(row.nbytes for row in predictions if row.device == HOST)
+    swap = _swap_bytes(candidate, layers, left, speed)
+    slots = swap_slots(groups, num_blocks, candidate.kv_type, BLOCK_SIZE, swap)
+    swapped = sum(n * BLOCK_SIZE * g.token_bytes(candidate.kv_type) for g, n in zip(groups, slots, strict=True))
     plan = Plan(
         model=candidate.model.name,
         format=candidate.sizes.label,
@@ -37,13 +48,13 @@ def assemble(found: Found, devices: Sequence[Device], reserve: int) -> Plan:
         head=head,
         kv_type=candidate.kv_type,
         block_size=BLOCK_SIZE,
-        num_blocks=tuple(g.max_blocks(w.context, candidate.chunk, BLOCK_SIZE, w.parallel) for g in groups),
-        swap_bytes=0,  # the cache holds every sequence in full
+        num_blocks=num_blocks,
+        swap_bytes=swap,
         chunk=candidate.chunk,
         max_num_seqs=candidate.max_num_seqs,
         max_logit_rows=candidate.max_logit_rows,
-        predictions=_predictions(candidate, parts, layers, devices),
-        speed=_speed(candidate, layers, experts, head_device),
+        predictions=(*predictions, *([Prediction(HOST, Kind.SWAP, swapped)] if swapped else [])),
+        speed=speed,
         experts=experts,
         decisions=_decisions(found, layers, experts, head),
         warnings=_warnings(candidate, devices, reserve),
@@ -52,6 +63,18 @@ def assemble(found: Found, devices: Sequence[Device], reserve: int) -> Plan:
         used = plan.predicted(device.name)
         assert not used or used + reserve <= device.cap, f"{device.name} is over its cap"
     return plan
+
+
+def _swap_bytes(candidate: Candidate, layers: Sequence[Part], left: int, speed: Speed) -> int:
+    """Swap space as asked for. Otherwise, if copying a token's keys and values to the host and back takes less time
+    than computing them again: as much as the cache on other devices has, within a quarter of what is left there."""
+    if candidate.swap is not None:
+        return candidate.swap
+    away = [i for i, part in enumerate(layers) if part.device != HOST]
+    links = [candidate.machine.of(layers[i].device).link or float("inf") for i in away]
+    copies = sum(2 * candidate.kv_token[i] / link for i, link in zip(away, links, strict=True))
+    pays = copies < speed.first_token / candidate.workload.prompt
+    return min(int(candidate.kv_need.sum()), left // SWAP_SHARE) if away and pays else 0
 
 
 def _at(device: str) -> Placement:

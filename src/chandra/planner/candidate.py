@@ -36,6 +36,7 @@ class Candidate:
     chunk: int
     max_num_seqs: int
     machine: Machine
+    swap: int | None = None  # bytes of swap space asked for
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property

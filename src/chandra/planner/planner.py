@@ -41,6 +41,7 @@ class Constraints:
     chunk: int | None = None
     layers: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
     reserve: int = 0  # bytes of every device to leave alone
+    swap: int | None = None  # bytes of the host for blocks of preempted sequences
     disk: int = 0  # bytes of weights that may be read from disk for each step
     prompt: int = 512
     modes: tuple[Mode, ...] = ("host", "stream", "experts")  # ways to offload that may be used
@@ -258,7 +259,7 @@ def _sites(
     one, where the last layers will lie."""
     workload = Workload(option.context, option.parallel, c.objective, min(c.prompt, option.context))
     sequences = min(max(option.parallel, SEQUENCES), option.chunk)
-    candidate = Candidate(model, option.sizes, workload, option.kv_type, option.chunk, sequences, machine)
+    candidate = Candidate(model, option.sizes, workload, option.kv_type, option.chunk, sequences, machine, c.swap)
     if option.spill < 2 and candidate.least_need.sum() > sum(device.cap for device in devices):
         return
     alone, spill = len(devices) == 1, option.spill
@@ -272,7 +273,7 @@ def _sites(
             computes = device.name != HOST or spill > 0 or hosted
             taken = candidate.taken(device.name, device is head, computes) + c.reserve
             room[device.name] = float(device.cap - taken)
-        room[HOST] -= loading_bytes(candidate, devices)
+        room[HOST] -= loading_bytes(candidate, devices) + (c.swap or 0)
         if min(room[HOST], room[head.name]) >= 0:
             yield _Site(candidate, devices, head, spill, room, allowed, hosted)
 

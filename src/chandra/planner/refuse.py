@@ -45,6 +45,7 @@ def smaller_requests(model: PlannableModel, devices: Sequence[Device], machine: 
         out += [f"with --quant {found.candidate.sizes.label}"] if found else []
     out += ["without --layers"] if c.layers and fits(layers={}) else []
     out += ["without --chunk"] if c.chunk and fits(chunk=None) else []
+    out += ["without --swap"] if c.swap and fits(swap=0) else []
     out += ["without --reserve"] if c.reserve and fits(reserve=0) else []
     return out
 

@@ -28,6 +28,7 @@ class PlanRequest:
     device: tuple[str, ...] = ()
     host: str | None = None
     disk: str | None = None
+    swap: str | None = None
     budget: str | None = None
     ctx: int | None = None
     parallel: int | None = None
@@ -42,7 +43,7 @@ class PlanRequest:
         for name in ("device", "layers"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        for name in ("host", "disk", "budget", "reserve"):
+        for name in ("host", "disk", "swap", "budget", "reserve"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
 
@@ -79,6 +80,7 @@ class PlanRequest:
             chunk=self.chunk,
             layers=parse_layers(self.layers),
             reserve=parse_size(self.reserve) if self.reserve else 0,
+            swap=parse_size(self.swap) if self.swap else None,
             disk=parse_size(self.disk) if self.disk else 0,
         )
 
