@@ -5,7 +5,6 @@ Every path for several devices can be run and tested on any machine with it.
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from chandra.backends.cpu.backend import CpuBackend
-from chandra.errors import BudgetExceeded
-from chandra.memory.device import Device, format_size
+from chandra.memory.arena import Arena
+from chandra.memory.device import Device
 from chandra.ops.contracts import (
     Activation,
     Array,
@@ -34,28 +33,6 @@ from chandra.ops.contracts import (
 from chandra.quant.base import PackedWeight
 
 _SHORTEST_WAIT = 0.0005  # seconds; the system's timers are not finer
-
-
-class Arena:
-    """Counts the bytes that live on a device and refuses those over its cap."""
-
-    def __init__(self, device: Device) -> None:
-        self.device = device
-        self.used = 0
-        self.peak = 0
-        self._lock = threading.RLock()  # arrays may be collected while it is held
-
-    def take(self, nbytes: int) -> None:
-        """Count bytes, or give them back if negative. Raises BudgetExceeded, and takes nothing, if there is no room."""
-        with self._lock:
-            if nbytes > 0 and self.used + nbytes > self.device.cap:
-                raise BudgetExceeded(
-                    f"{self.device.name}: {format_size(nbytes)} more do not fit"
-                    f" ({format_size(self.used)} of {format_size(self.device.cap)} in use)",
-                    hint="raise the device's budget, or plan with a shorter context or a smaller format",
-                )
-            self.used += nbytes
-            self.peak = max(self.peak, self.used)
 
 
 class _Pace:
