@@ -18,7 +18,7 @@ from chandra.memory.ledger import Kind, Ledger
 from chandra.memory.plan import Plan
 from chandra.models import Backends, Decoder, ModelSpec, load_decoder, read_spec
 from chandra.ops.contracts import Backend
-from chandra.planner import Machine, PlanRequest, discover, plan, plannable, tensor_formats
+from chandra.planner import PlanRequest, discover, plan, plannable, tensor_formats
 from chandra.planner.kernels import CpuKernels
 from chandra.store import Progress, Store, StoredModel
 from chandra.text import Tokenizer, load_tokenizer
@@ -66,6 +66,11 @@ class Runtime:
             row = rows.get(key)
             actual, peak = (row.reserved, row.peak) if row else (0, 0)
             out.append(MemoryRow(key[0], str(key[1]), predicted.get(key, 0), actual, peak))
+        for device in self.plan.devices:
+            used = sum(row.reserved for row in rows.values() if row.device == device.name)
+            out.append(
+                MemoryRow(device.name, "all", self.plan.predicted(device.name), used, self.ledger.highest(device.name))
+            )
         resident = sum(resident_bytes())
         out.append(MemoryRow("cpu", "resident", self.plan.predicted("cpu"), resident, peak_resident()))
         return tuple(out)
@@ -101,12 +106,13 @@ def load(
         constraints = replace(request.constraints(), modes=("host",))
         devices, machine = discover(request, settings)
         made = plan(plannable(stored.name, spec, checkpoint, constraints.format), devices, machine, constraints)
-        ledger = _open_ledger(spec, made, machine)
+        ledger = _open_ledger(made)
         backends = {
             d.name: make_backend(d, settings.threads, settings.cpu) for d in made.devices if _used(made, d.name)
         }
         decoder = _load_weights(checkpoint, spec, made, backends, ledger, progress)
         resources.callback(decoder.close)
+        ledger.reserve("cpu", Kind.WORKSPACE, CpuKernels().scratch_bytes(spec, made.chunk, made.max_logit_rows))
         pool = _make_pool(spec, made, backends, ledger)
         resources.callback(pool.close)
         swap = _make_swap(pool, made, backends, ledger, resources)
@@ -128,12 +134,12 @@ def load(
         )
 
 
-def _open_ledger(spec: ModelSpec, made: Plan, machine: Machine) -> Ledger:
-    """A ledger with what is there before the model is: the process, and what the CPU's kernels keep for themselves."""
+def _open_ledger(made: Plan) -> Ledger:
+    """A ledger with what is there before the model is: the process, the contexts of GPUs."""
     ledger = Ledger(made.devices)
-    for name in {part.device for part in made.parts()} | {"cpu"}:
-        ledger.reserve(name, Kind.RUNTIME, machine.of(name).runtime)
-    ledger.reserve("cpu", Kind.WORKSPACE, CpuKernels().scratch_bytes(spec, made.chunk, made.max_logit_rows))
+    for row in made.predictions:
+        if row.kind is Kind.RUNTIME:
+            ledger.reserve(row.device, row.kind, row.nbytes)
     return ledger
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from chandra.memory.device import Device, format_size
+from chandra.memory.ledger import Kind
 from chandra.memory.plan import Plan
 from chandra.runtime import MemoryRow
 
@@ -42,11 +43,13 @@ def plan_table(plan: Plan) -> str:
 def _device_lines(plan: Plan, device: Device) -> list[str]:
     """The device as a whole, then each kind where it lies in the bar above."""
     rows = [row for row in plan.predictions if row.device == device.name]
-    used = sum(row.nbytes for row in rows)
+    used = plan.predicted(device.name)
     cap = format_size(device.cap)
     lines = [f"{device.name:<12}│{bar(used, device.cap)}│ {format_size(used):>9} of {cap}  {used / device.cap:.0%}"]
     before = 0
-    for row in sorted(rows, key=lambda row: -row.nbytes):
+    for row in sorted(rows, key=lambda row: (row.kind == Kind.LOADING, -row.nbytes)):
+        if row.kind == Kind.LOADING:  # over before the cache is there: it adds nothing to what comes later
+            before = max(0, used - row.nbytes)
         lines.append(f"  {row.kind:<10}│{bar(row.nbytes, device.cap, before)}│ {format_size(row.nbytes):>9}")
         before += row.nbytes
     return [*lines, ""]
@@ -62,7 +65,7 @@ def compare_table(plans: Sequence[tuple[str, int, Plan | None]]) -> str:
             continue
         apart = {part.name.removesuffix(".experts") for part in plan.experts}
         on_gpu = sum(part.placement == "resident" and part.name not in apart for part in plan.layers)
-        memory = format_size(sum(row.nbytes for row in plan.predictions))
+        memory = format_size(sum(plan.predicted(device.name) for device in plan.devices))
         lines.append(
             f"{label:<8} {context:>8} {plan.kv_type:>6} {f'{on_gpu} of {len(plan.layers)}':>9} {memory:>10}"
             f" {plan.speed.first_token:>6.2f} s {plan.speed.decode:>9.3g}"

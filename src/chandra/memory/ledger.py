@@ -18,6 +18,7 @@ class Kind(StrEnum):
     KV = "kv"
     WORKSPACE = "workspace"
     STAGING = "staging"
+    LOADING = "loading"  # a tensor on its way into memory; given back before there is a cache
     GRAPHS = "graphs"
     ADAPTERS = "adapters"
     RUNTIME = "runtime"
@@ -62,6 +63,7 @@ class Ledger:
     _caps: dict[str, int] = field(init=False)
     _reserved: dict[tuple[str, Kind], int] = field(default_factory=dict, init=False)
     _peak: dict[tuple[str, Kind], int] = field(default_factory=dict, init=False)
+    _highest: dict[str, int] = field(default_factory=dict, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def __post_init__(self) -> None:
@@ -76,6 +78,10 @@ class Ledger:
         """Bytes of the device that nothing is reserved for."""
         with self._lock:
             return self._caps[device] - self._used(device)
+
+    def highest(self, device: str) -> int:
+        """The most bytes that were ever reserved on the device at once."""
+        return self._highest.get(device, 0)
 
     def rows(self) -> tuple[Row, ...]:
         with self._lock:
@@ -99,6 +105,7 @@ class Ledger:
                 key = (device, kind)
                 self._reserved[key] = self._reserved.get(key, 0) + delta
                 self._peak[key] = max(self._peak.get(key, 0), self._reserved[key])
+                self._highest[device] = max(self._highest.get(device, 0), used + delta)
                 return
         raise BudgetExceeded(
             f"{device}: {format_size(delta)} more for {kind} would go over the cap"

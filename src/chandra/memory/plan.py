@@ -77,6 +77,7 @@ class Plan:
     max_num_seqs: int
     max_logit_rows: int
     predictions: tuple[Prediction, ...]
+    loading: int  # bytes of the host at the highest before all is loaded and there is a cache
     speed: Speed
     experts: tuple[Part, ...] = ()  # experts placed apart from their layer
     decisions: tuple[str, ...] = ()
@@ -87,8 +88,9 @@ class Plan:
         return next(device for device in self.devices if device.name == name)
 
     def predicted(self, device: str) -> int:
-        """Bytes predicted on a device, all kinds together."""
-        return sum(row.nbytes for row in self.predictions if row.device == device)
+        """Bytes predicted on a device at the highest, all kinds together: while loading or after."""
+        kept = sum(row.nbytes for row in self.predictions if row.device == device and row.kind != Kind.LOADING)
+        return max(kept, self.loading) if device == "cpu" else kept
 
     def parts(self) -> tuple[Part, ...]:
         return (self.embedding, *self.layers, *self.experts, self.head)

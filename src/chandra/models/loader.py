@@ -13,7 +13,7 @@ from chandra.models.decoder import Backends, Decoder, DecoderLayer, Mlp
 from chandra.models.rope import inv_freq
 from chandra.models.spec import AttentionSpec, ModelSpec, RopeSpec
 from chandra.models.tensors import Source, find_sources
-from chandra.models.transforms import concatenate, convert, floats, take_rows
+from chandra.models.transforms import concatenate, convert, floats, loading_bytes, take_rows
 from chandra.ops.contracts import AttentionParams, Backend, Experts, Linear, Norm, RopeParams
 from chandra.quant import Format, PackedWeight, get_format
 
@@ -41,16 +41,33 @@ def load_decoder(
     sources = find_sources(spec, checkpoint)
     wanted = stored_formats(sources, checkpoint) | dict(formats or {})
     loading = _Loading(checkpoint, spec, backends, ledger, context_length)
-    sizes = [get_format(wanted[source.tensor.name]).nbytes(source.tensor.shape) for source in sources]
+    forms = {source.tensor.name: get_format(wanted[source.tensor.name]) for source in sources}
+    passing = {s.tensor.name: passing_bytes(s, forms[s.tensor.name], checkpoint) for s in sources}
+    total, done = sum(forms[s.tensor.name].nbytes(s.tensor.shape) for s in sources), 0
     try:
-        for i, source in enumerate(sources):
-            loading.load(source, get_format(wanted[source.tensor.name]), sizes[i])
+        for source in sorted(
+            sources, key=lambda s: -passing[s.tensor.name]
+        ):  # the most comes first, while there is room
+            name = source.tensor.name
+            nbytes = forms[name].nbytes(source.tensor.shape)
+            on_its_way = ledger.reserve("cpu", Kind.LOADING, passing[name])
+            try:
+                loading.load(source, forms[name], nbytes)
+            finally:
+                on_its_way.release()
+            done += nbytes
             if progress is not None:
-                progress(sum(sizes[: i + 1]), sum(sizes))
+                progress(done, total)
         return loading.decoder(max_rows, max_logit_rows)
     except BaseException:
         loading.release()
         raise
+
+
+def passing_bytes(source: Source, form: Format, checkpoint: Checkpoint) -> int:
+    """Host bytes that a tensor takes while it is loaded, besides those it will have in its place."""
+    stored = get_format(checkpoint.tensors[source.names[0]].format)
+    return loading_bytes(stored, form, source.tensor.shape, source.joined)
 
 
 def stored_formats(sources: Iterable[Source], checkpoint: Checkpoint) -> dict[str, str]:

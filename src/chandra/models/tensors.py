@@ -122,6 +122,11 @@ class Source:
     rows: Ranges = ()
     offset: float = 0.0
 
+    @property
+    def joined(self) -> bool:
+        """Whether it lies in several places of the file."""
+        return max(len(self.names), len(self.rows)) > 1 or (bool(self.rows) and len(self.tensor.shape) > 2)
+
 
 def find_sources(spec: ModelSpec, checkpoint: Checkpoint) -> tuple[Source, ...]:
     """Where each tensor of the table is in this checkpoint. Raises CheckpointError, naming them, if tensors are missing

@@ -16,7 +16,8 @@ from chandra.models.tensors import Ranges
 from chandra.quant import Format, PackedWeight
 
 FLAT_RUN = 1 << 14  # values: a multiple of every block, even of those that formats count without regard to rows
-CONVERT = 1 << 22  # values converted at once
+CONVERT = 1 << 20  # values converted at once
+TEMPORARIES = 20  # bytes that converting a value takes besides its result: measured, formats need 8 to 19
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -61,6 +62,16 @@ def convert(weight: PackedWeight, form: Format) -> PackedWeight:
         for name, target in _run(whole, start, stop).parts.items():
             target[...] = piece[name].numpy()
     return whole
+
+
+def loading_bytes(stored: Format, form: Format, shape: tuple[int, ...], joined: bool = False) -> int:
+    """Host bytes that a tensor takes on its way into memory: the pages of the file it is read from; a copy, where it is
+    `joined` from pieces; where it is converted, the result and what converting takes."""
+    nbytes = stored.nbytes(shape) * (2 if joined else 1)
+    if stored.name != form.name:
+        at_once = max(CONVERT, shape[-1]) if _by_rows(form, shape) else math.prod(shape)
+        nbytes += form.nbytes(shape) + TEMPORARIES * min(math.prod(shape), at_once)
+    return nbytes
 
 
 def floats(weight: PackedWeight, name: str) -> Float32:

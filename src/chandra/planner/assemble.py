@@ -13,7 +13,7 @@ from chandra.memory.ledger import Kind
 from chandra.memory.plan import Part, Placement, Plan, Prediction, Speed
 from chandra.planner.candidate import BLOCK_SIZE, HOP, HOST, Candidate
 from chandra.planner.cost import crossover_tokens
-from chandra.planner.planner import Found, loading_bytes
+from chandra.planner.planner import Found
 
 SWAP_SHARE = 4  # one part in so many of the host memory that is left
 
@@ -30,10 +30,10 @@ def assemble(found: Found, devices: Sequence[Device], reserve: int) -> Plan:
     w = candidate.workload
     groups = group_layers([x.attention for x in candidate.model.spec.layers], [part.device for part in layers])
     num_blocks = tuple(g.max_blocks(w.context, candidate.chunk, BLOCK_SIZE, w.parallel) for g in groups)
-    predictions = _predictions(candidate, parts, layers, devices)
+    predictions = _predictions(candidate, parts, layers)
     speed = _speed(candidate, layers, experts, head_device)
     host = next(device for device in devices if device.name == HOST)
-    left = host.cap - reserve - sum(row.nbytes for row in predictions if row.device == HOST)
+    left = host.cap - reserve - sum(p.nbytes for p in predictions if p.device == HOST and p.kind != Kind.LOADING)
     swap = _swap_bytes(candidate, layers, left, speed)
     slots = swap_slots(groups, num_blocks, candidate.kv_type, BLOCK_SIZE, swap)
     swapped = sum(n * BLOCK_SIZE * g.token_bytes(candidate.kv_type) for g, n in zip(groups, slots, strict=True))
@@ -54,6 +54,7 @@ def assemble(found: Found, devices: Sequence[Device], reserve: int) -> Plan:
         max_num_seqs=candidate.max_num_seqs,
         max_logit_rows=candidate.max_logit_rows,
         predictions=(*predictions, *([Prediction(HOST, Kind.SWAP, swapped)] if swapped else [])),
+        loading=_loading(candidate, parts, predictions),
         speed=speed,
         experts=experts,
         decisions=_decisions(found, layers, experts, head),
@@ -104,11 +105,16 @@ def _parts(found: Found) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     return tuple(layers), tuple(experts)
 
 
-def _predictions(
-    candidate: Candidate, parts: Sequence[Part], layers: Sequence[Part], devices: Sequence[Device]
-) -> tuple[Prediction, ...]:
+def _loading(candidate: Candidate, parts: Sequence[Part], predictions: Sequence[Prediction]) -> int:
+    """Bytes of the host at the highest while loading: the process, staging buffers, weights so far, a tensor."""
+    on_host = {part.name for part in parts if part.placement in ("host", "stream")}
+    before = sum(p.nbytes for p in predictions if p.device == HOST and p.kind in (Kind.RUNTIME, Kind.STAGING))
+    return before + candidate.sizes.loading(on_host)
+
+
+def _predictions(candidate: Candidate, parts: Sequence[Part], layers: Sequence[Part]) -> tuple[Prediction, ...]:
     need: dict[tuple[str, Kind], int] = defaultdict(int)
-    need[HOST, Kind.STAGING] = loading_bytes(candidate, devices)
+    need[HOST, Kind.LOADING] = candidate.sizes.passing
     staging = 0
     for part in parts:
         if part.placement != "disk":
@@ -126,7 +132,7 @@ def _predictions(
         if device == HOST and apart:
             held = list(range(len(layers)))
         need[device, Kind.WORKSPACE] += candidate.workspace(device, device == parts[-1].device, held)
-        need[device, Kind.RUNTIME] += candidate.machine.of(device).runtime
+        need[device, Kind.RUNTIME] += candidate.runtime(device)
     return tuple(Prediction(d, k, n) for (d, k), n in sorted(need.items()) if n)
 
 

@@ -20,6 +20,7 @@ from chandra.planner.sizes import ModelSizes, Pieces, PlannableModel
 BLOCK_SIZE = 16
 ANSWER = 256  # tokens of the answer that plans are compared with
 HOST = "cpu"
+TORCH = 200 << 20  # bytes that the process grows by when it imports torch
 HOP = 2e-5  # seconds to hand the hidden state to the next device
 
 Number = float | np.ndarray[Any, np.dtype[Any]]
@@ -192,7 +193,11 @@ class Candidate:
         key = (on_cpu, head and self.max_logit_rows, computes, self.chunk)
         if key not in known:
             known[key] = self.workspace(device, head, None if computes else ())
-        return int(self.machine.of(device).runtime + self.outer_weights(device, head) + known[key])
+        return self.runtime(device) + self.outer_weights(device, head) + known[key]
+
+    def runtime(self, device: str) -> int:
+        """Bytes taken by merely using the device. Conversions are computed by torch."""
+        return self.machine.of(device).runtime + (TORCH if device == HOST and self.sizes.convert else 0)
 
     def tier(self, device: Device, head: bool, room: float, allowed: Sequence[bool]) -> Tier:
         """The device as a place for layers. `room`: bytes left for them."""

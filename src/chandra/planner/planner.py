@@ -273,16 +273,18 @@ def _sites(
             computes = device.name != HOST or spill > 0 or hosted
             taken = candidate.taken(device.name, device is head, computes) + c.reserve
             room[device.name] = float(device.cap - taken)
-        room[HOST] -= loading_bytes(candidate, devices) + (c.swap or 0)
+        room[HOST] -= _loading(candidate, devices, spill == 2) + (c.swap or 0)
         if min(room[HOST], room[head.name]) >= 0:
             yield _Site(candidate, devices, head, spill, room, allowed, hosted)
 
 
-def loading_bytes(candidate: Candidate, devices: Sequence[Device]) -> int:
-    """Bytes of the host that loading needs beyond what will be there: the largest tensor, as it is read before it is
-    copied, converted or repacked. Without other devices it fits where the cache and the workspace will be."""
-    later = candidate.kv_need.sum() + candidate.workspace(HOST, True) if len(devices) == 1 else 0
-    return max(0, candidate.sizes.largest - int(later))
+def _loading(candidate: Candidate, devices: Sequence[Device], disk: bool) -> int:
+    """Bytes of the host that loading may need beyond those of all that will be there. Without other devices it has what
+    the cache and the workspace will take."""
+    if len(devices) > 1:
+        return candidate.sizes.passing
+    needed = candidate.sizes.passing if disk else candidate.sizes.loading_whole
+    return max(0, needed - int(candidate.kv_need.sum()) - candidate.workspace(HOST, True))
 
 
 def _allowed(ranges: Mapping[str, Sequence[tuple[int, int]]], device: str, num_layers: int) -> tuple[bool, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -14,9 +14,13 @@ import numpy as np
 from chandra.checkpoint import Checkpoint
 from chandra.models import find_sources, spec_from_config, tensor_table
 from chandra.models.spec import ModelSpec, TensorSpec
+from chandra.models.transforms import loading_bytes
 from chandra.planner.kernels import PLAIN, HostKernels, host_kernels, packed_bytes
 from chandra.planner.mixes import LABELS, LOW_QUALITY, format_for, known_label
 from chandra.planner.placement import Ends, Floats
+from chandra.quant import get_format
+
+Read = Mapping[str, tuple[str, bool]]  # by tensor: the format it is read in, and whether from several places
 
 # general.file_type of GGUF files: the label they were made with
 FILE_TYPES = {
@@ -61,13 +65,22 @@ class PerLayer(NamedTuple):
     idle: Floats
 
 
+class Passing(NamedTuple):
+    """A tensor on its way into memory: the part it belongs to, the bytes it will have on the host if that is its place,
+    and those it takes there on its way."""
+
+    part: str
+    host: int
+    nbytes: int
+
+
 @dataclass(frozen=True)
 class ModelSizes:
     """A model under one choice of formats.
 
     `packed`: bytes on a GPU, on disk and to copy; `host`: bytes in the layout of the CPU's kernels. `stored`: bytes to
-    read from disk to load it. `largest`: the largest single tensor. `dense_macs[i]`, `expert_macs[i]`: multiply-adds of
-    one token in layer i; `active[i]`: the share of its experts that one token reads.
+    read from disk to load it; `tensors`: in the order in which they are loaded. `dense_macs[i]`, `expert_macs[i]`:
+    multiply-adds of one token in layer i; `active[i]`: the share of its experts that one token reads.
     """
 
     label: str
@@ -76,7 +89,7 @@ class ModelSizes:
     packed: Pieces
     host: Pieces
     stored: int
-    largest: int
+    tensors: tuple[Passing, ...]
     dense_macs: tuple[float, ...]
     expert_macs: tuple[float, ...]
     active: tuple[float, ...]
@@ -87,6 +100,25 @@ class ModelSizes:
     @property
     def low_quality(self) -> bool:
         return self.label in LOW_QUALITY
+
+    @property
+    def passing(self) -> int:
+        """The most bytes that a tensor takes on its way."""
+        return self.tensors[0].nbytes
+
+    def loading(self, on_host: Collection[str]) -> int:
+        """Bytes of the host at the highest while loading, if these parts lie there."""
+        held = peak = 0
+        for tensor in self.tensors:
+            part = tensor.part if tensor.part in on_host else tensor.part.removesuffix(".experts")
+            held += tensor.host if part in on_host else 0
+            peak = max(peak, held + tensor.nbytes)
+        return peak
+
+    @cached_property
+    def loading_whole(self) -> int:
+        """Bytes of a host that holds all, at the highest while loading, over those it has then."""
+        return self.loading({tensor.part for tensor in self.tensors}) - self.host.total
 
     @cached_property
     def per_layer(self) -> PerLayer:
@@ -137,27 +169,27 @@ def plannable(
     A file of 16 bits or more can become any usual format; what is quantized stays as it is, unless the user names
     another `label`. Raises CheckpointError if tensors are missing, UsageError for an unknown format.
     """
-    kernels = kernels or host_kernels()
-    stored = {}
-    for source in find_sources(spec, checkpoint):
-        tensor = source.tensor
-        stored[tensor.name] = checkpoint.tensors[source.names[0]].format if tensor.packable else "F32"
+    kernels, sources = kernels or host_kernels(), find_sources(spec, checkpoint)
+    read = {s.tensor.name: (checkpoint.tensors[s.names[0]].format, s.joined) for s in sources}
+    stored = {s.tensor.name: read[s.tensor.name][0] if s.tensor.packable else "F32" for s in sources}
     label_of_file = FILE_TYPES.get(str(checkpoint.metadata.get("general.file_type")))
-    own = _sizes(spec, label_of_file or _own_label(spec, stored), stored, kernels, convert=False)
+    own = _sizes(spec, label_of_file or _own_label(spec, stored), stored, kernels, read)
     labels: tuple[str, ...] = LABELS[1:] if own.bits_per_weight > 15 else ()
     if label:
         labels = (known_label(label),) if label.lower() != own.label.lower() else ()
-    made = (sizes_as(spec, x, kernels, own.packed.total) for x in labels)
+    made = (sizes_as(spec, x, kernels, read, own.packed.total) for x in labels)
     return PlannableModel(name, spec, (own, *made), kernels)
 
 
-def sizes_as(spec: ModelSpec, label: str, kernels: HostKernels, stored: int | None = None) -> ModelSizes:
+def sizes_as(
+    spec: ModelSpec, label: str, kernels: HostKernels, read: Read | None = None, stored: int | None = None
+) -> ModelSizes:
     """Sizes packed as a label says. `stored`: bytes of the file it is converted from; None: it is had in that form.
 
     Raises UnsupportedError for a shape that a format cannot hold.
     """
     formats = {tensor.name: format_for(label, tensor, spec) for tensor in tensor_table(spec)}
-    return _sizes(spec, label, formats, kernels, convert=stored is not None, stored=stored)
+    return _sizes(spec, label, formats, kernels, read or {}, stored)
 
 
 def tensor_formats(spec: ModelSpec, label: str) -> dict[str, str]:
@@ -183,13 +215,13 @@ def _sizes(
     label: str,
     formats: Mapping[str, str],
     kernels: HostKernels,
-    *,
-    convert: bool,
+    read: Read,
     stored: int | None = None,
 ) -> ModelSizes:
     packed, host = _Tally(spec), _Tally(spec)
     dense_macs, expert_macs = [0.0] * spec.num_layers, [0.0] * spec.num_layers
-    largest = values = 0
+    values = 0
+    tensors: list[Passing] = []
     mix: Counter[str] = Counter()
     for tensor in tensor_table(spec):
         name = formats[tensor.name]
@@ -197,8 +229,12 @@ def _sizes(
         packed.add(tensor, nbytes)
         mix[name] += nbytes
         in_kernel = tensor.packable or tensor.role == "router"
-        host.add(tensor, kernels.weight_bytes(name, tensor.shape) if in_kernel else nbytes)
-        largest, values = max(largest, nbytes), values + math.prod(tensor.shape)
+        on_host = kernels.weight_bytes(name, tensor.shape) if in_kernel else nbytes
+        host.add(tensor, on_host)
+        format_read, joined = read.get(tensor.name, (name, False))
+        passing = loading_bytes(get_format(format_read), get_format(name), tensor.shape, joined)
+        tensors.append(Passing(_part(tensor), on_host, passing))
+        values += math.prod(tensor.shape)
         if tensor.layer is not None and tensor.role == "experts":
             used = spec.layers[tensor.layer].mlp.experts_per_token
             expert_macs[tensor.layer] += used * math.prod(tensor.shape[-2:])
@@ -207,12 +243,12 @@ def _sizes(
     mlps = [layer.mlp for layer in spec.layers]
     return ModelSizes(
         label=label,
-        convert=convert,
+        convert=stored is not None,
         tied=spec.tied_embeddings,
         packed=packed.pieces(),
         host=host.pieces(),
         stored=stored or packed.pieces().total,
-        largest=largest,
+        tensors=tuple(sorted(tensors, key=lambda tensor: -tensor.nbytes)),
         dense_macs=tuple(dense_macs),
         expert_macs=tuple(expert_macs),
         active=tuple(mlp.experts_per_token / mlp.num_experts if mlp.num_experts else 1.0 for mlp in mlps),
@@ -220,6 +256,12 @@ def _sizes(
         bits_per_weight=8 * packed.pieces().total / values,
         mix=tuple(mix.items()),
     )
+
+
+def _part(tensor: TensorSpec) -> str:
+    if tensor.layer is None:
+        return "embedding" if tensor.role == "embedding" else "head"
+    return f"layers.{tensor.layer}" + (".experts" if tensor.role == "experts" else "")
 
 
 class _Tally:
