@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -77,7 +79,7 @@ def test_every_byte_is_reserved_and_given_back(backend: Backend) -> None:
     planned = sum(get_format(formats[s.tensor.name]).nbytes(s.tensor.shape) for s in sources)
     weights = reserved(ledger)["cpu", Kind.WEIGHTS]
     if isinstance(backend, ReferenceBackend):  # it repacks nothing
-        assert weights == planned
+        assert weights + reserved(ledger)["cpu", Kind.PAGE_CACHE] == planned
     workspace = workspace_bytes(spec, range(4), 32, 8)
     assert reserved(ledger)["cpu", Kind.WORKSPACE] == workspace
     assert told[-1] == (planned, planned)
@@ -86,6 +88,53 @@ def test_every_byte_is_reserved_and_given_back(backend: Backend) -> None:
     decoder.close()
     decoder.close()
     assert not any(reserved(ledger).values())
+
+
+def test_a_tensor_on_its_way_is_reserved_and_the_largest_comes_first(backend: Backend) -> None:
+    spec, source = checkpoint("Q8_0")
+    ledger, seen = Ledger([CPU]), []
+    load_decoder(
+        source,
+        spec,
+        Backends.all_on(backend, 4),
+        ledger,
+        context_length=64,
+        max_rows=32,
+        max_logit_rows=8,
+        progress=lambda *_: seen.append(next(row for row in ledger.rows() if row.kind is Kind.LOADING)),
+    )
+    largest = max(weight.nbytes for weight in source.weights.values())
+    assert {row.peak for row in seen} == {largest}
+    assert not any(row.reserved for row in seen)
+
+
+MEASURE = """
+import sys
+import numpy as np
+from chandra.lazy import torch
+from chandra.models.transforms import CONVERT, convert, loading_bytes
+from chandra.quant import PackedWeight, get_format
+
+def resident(name):
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
+
+stored, form, shape = get_format("BF16"), get_format(sys.argv[1]), (4096, 1024)
+values = np.zeros((*shape[:-1], 2 * shape[-1]), np.uint8)
+values[...] = np.arange(2 * shape[-1]) % 61  # touched, and finite
+weight = PackedWeight(stored, shape, {"data": values.view(np.uint16).reshape(shape).view(np.uint8)})
+convert(PackedWeight(stored, (2, 1024), {"data": weight.parts["data"][:2]}), form)
+before = resident("VmRSS") - values.nbytes
+open("/proc/self/clear_refs", "w").write("5")
+made = convert(weight, form)
+print(resident("VmHWM") - before, loading_bytes(stored, form, shape))
+"""
+
+
+@pytest.mark.parametrize("form", ["Q8_0", "nf4", "Q6_K"])
+def test_converting_takes_no_more_than_is_reserved(form: str) -> None:
+    done = subprocess.run([sys.executable, "-c", MEASURE, form], capture_output=True, text=True, check=True)
+    taken, reserved_for_it = map(int, done.stdout.split())
+    assert taken <= reserved_for_it
 
 
 def test_the_workspace_is_as_large_as_its_arrays() -> None:

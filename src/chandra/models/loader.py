@@ -93,7 +93,7 @@ class _Loading:
         self.context_length = context_length
         self.loaded: dict[str, Any] = {}  # Weight, or float32 arrays of the backend
         self.ropes: dict[tuple[RopeSpec, int], RopeParams] = {}
-        self.reservations: dict[str, Reservation] = {}
+        self.reservations: dict[tuple[str, Kind], Reservation] = {}
 
     def release(self) -> None:
         for reservation in self.reservations.values():
@@ -105,13 +105,15 @@ class _Loading:
         if name == EMBEDDING and self.spec.tied_embeddings and self.backends.head is not self.backends.embedding:
             targets[HEAD] = self.backends.head
         separate_head = not self.spec.tied_embeddings or HEAD in targets
-        for backend in targets.values():
-            self._reserve(backend, nbytes)
         weight = self._read(source, form)
+        as_stored = form.name == self.checkpoint.tensors[source.names[0]].format and not source.joined
         for key, backend in targets.items():
+            lookup = key == EMBEDDING and separate_head
+            kind = Kind.PAGE_CACHE if lookup and as_stored and backend.device.kind == "cpu" else Kind.WEIGHTS
+            self._reserve(backend, kind, nbytes)
             if source.tensor.packable or source.tensor.role == "router":
-                self.loaded[key] = backend.load_weight(weight, lookup=key == EMBEDDING and separate_head)
-                self._reserve(backend, self.loaded[key].nbytes - nbytes)
+                self.loaded[key] = backend.load_weight(weight, lookup)
+                self._reserve(backend, kind, self.loaded[key].nbytes - nbytes)
             else:
                 self.loaded[key] = backend.upload(weight.parts["data"].view(np.float32))
         for stored in source.names:
@@ -122,11 +124,11 @@ class _Loading:
             return self.backends.layers[source.tensor.layer]
         return self.backends.embedding if source.tensor.role == "embedding" else self.backends.head
 
-    def _reserve(self, backend: Backend, nbytes: int) -> None:
-        name = backend.device.name
-        if name not in self.reservations:
-            self.reservations[name] = self.ledger.reserve(name, Kind.WEIGHTS, 0)
-        self.reservations[name].resize(self.reservations[name].nbytes + nbytes)
+    def _reserve(self, backend: Backend, kind: Kind, nbytes: int) -> None:
+        key = backend.device.name, kind
+        if key not in self.reservations:
+            self.reservations[key] = self.ledger.reserve(*key, 0)
+        self.reservations[key].resize(self.reservations[key].nbytes + nbytes)
 
     def _read(self, source: Source, form: Format) -> PackedWeight:
         if not source.tensor.packable:

@@ -17,7 +17,7 @@ from chandra.quant import Format, PackedWeight
 
 FLAT_RUN = 1 << 14  # values: a multiple of every block, even of those that formats count without regard to rows
 CONVERT = 1 << 20  # values converted at once
-TEMPORARIES = 20  # bytes that converting a value takes besides its result: measured, formats need 8 to 19
+TEMPORARIES = 32  # bytes that converting a value takes besides its result: measured, formats need 9 to 28
 
 Float32 = np.ndarray[Any, np.dtype[np.float32]]
 

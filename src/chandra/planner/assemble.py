@@ -118,7 +118,9 @@ def _predictions(candidate: Candidate, parts: Sequence[Part], layers: Sequence[P
     staging = 0
     for part in parts:
         if part.placement != "disk":
-            need[part.device if part.placement == "resident" else HOST, Kind.WEIGHTS] += part.nbytes
+            mapped = part.name == "embedding" and part.device == HOST and candidate.sizes.mapped
+            kind = Kind.PAGE_CACHE if mapped else Kind.WEIGHTS
+            need[part.device if part.placement == "resident" else HOST, kind] += part.nbytes
         if part.placement in ("stream", "disk"):
             staging = 2 * int(candidate.weights(part.device).max())
         if part.placement == "stream" or (part.placement == "disk" and part.device != HOST):

@@ -13,6 +13,7 @@ import numpy as np
 
 from chandra.checkpoint import Checkpoint
 from chandra.models import find_sources, spec_from_config, tensor_table
+from chandra.models.loader import EMBEDDING
 from chandra.models.spec import ModelSpec, TensorSpec
 from chandra.models.transforms import loading_bytes
 from chandra.planner.kernels import PLAIN, HostKernels, host_kernels, packed_bytes
@@ -96,6 +97,7 @@ class ModelSizes:
     head_macs: float
     bits_per_weight: float
     mix: tuple[tuple[str, int], ...]  # bytes in each format
+    mapped: bool  # whether a host looks the rows of the embedding up in the file
 
     @property
     def low_quality(self) -> bool:
@@ -240,7 +242,7 @@ def _sizes(
             expert_macs[tensor.layer] += used * math.prod(tensor.shape[-2:])
         elif tensor.layer is not None and len(tensor.shape) > 1:
             dense_macs[tensor.layer] += math.prod(tensor.shape)
-    mlps = [layer.mlp for layer in spec.layers]
+    mlps, table = [layer.mlp for layer in spec.layers], formats[EMBEDDING]
     return ModelSizes(
         label=label,
         convert=stored is not None,
@@ -255,6 +257,7 @@ def _sizes(
         head_macs=float(spec.vocab_size * spec.hidden_size),
         bits_per_weight=8 * packed.pieces().total / values,
         mix=tuple(mix.items()),
+        mapped=not spec.tied_embeddings and read.get(EMBEDDING, (table, False)) == (table, False),
     )
 
 
