@@ -59,6 +59,44 @@ def test_every_function_that_the_architecture_names_exists() -> None:
     assert not missing
 
 
+# Memory is made by the ledger's side of the house (backends, the pool through them) and nowhere else, but for these
+# functions, each with the row of the ledger that pays for what it makes.
+MAKES_MEMORY = ("backends/", "ops/reference.py", "memory/", "quant/", "planner/")  # of quant see "loading"
+PAID_BY = {
+    ("engine/model_runner.py", "__init__"): "workspace: kvcache.index_bytes",
+    ("engine/sequence.py", "__init__"): "workspace: kvcache.index_bytes",
+    ("engine/sequence.py", "append"): "workspace: kvcache.index_bytes",
+    ("kvcache/block_manager.py", "__init__"): "workspace: kvcache.index_bytes",
+    ("kvcache/block_manager.py", "swap_in"): "workspace: kvcache.index_bytes",
+    ("kvcache/block_manager.py", "swap_out"): "workspace: kvcache.index_bytes",
+    ("kvcache/view.py", "__init__"): "workspace: kvcache.index_bytes",
+    ("models/decoder.py", "forward"): "nothing: it has no rows",
+    ("models/transforms.py", "convert"): "loading: models.transforms.loading_bytes",
+    ("store/download.py", "read_page"): "nothing: a page of a source, before there is a model",
+    ("text/vocabulary.py", "__init__"): "runtime: bytes of a token",
+}
+ALLOCATORS = {"empty", "zeros", "ones", "full", "empty_like", "zeros_like", "ones_like", "full_like", "memmap"}
+
+
+def _makes_memory(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+        return node.func.value.id in ("np", "torch") and node.func.attr in ALLOCATORS
+    return isinstance(node.func, ast.Name) and node.func.id == "bytearray"
+
+
+def test_nobody_makes_memory_that_no_row_of_the_ledger_pays_for() -> None:
+    found = set()
+    for path in SOURCES:
+        name = str(path.relative_to(PACKAGE))
+        if not name.startswith(MAKES_MEMORY):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef) and any(map(_makes_memory, ast.walk(node))):
+                    found.add((name, node.name))
+    assert found == PAID_BY.keys()
+
+
 @pytest.mark.parametrize("module", ["chandra", "chandra.cli", "chandra.llm", "chandra.backends.cpu", "chandra.quant"])
 def test_torch_is_not_imported_before_it_is_needed(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -14,6 +14,8 @@ from platformdirs import user_data_dir
 
 from chandra.errors import RequestError, UsageError
 
+SAMPLING = 52  # bytes for each entry of the vocabulary that choosing a token takes at most, with its log-probabilities
+
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off", ""}
 
 

@@ -19,7 +19,7 @@ from chandra.memory.plan import Plan
 from chandra.models import Backends, Decoder, ModelSpec, load_decoder, read_spec
 from chandra.ops.contracts import Backend
 from chandra.planner import PlanRequest, discover, plan, plannable, tensor_formats
-from chandra.planner.kernels import CpuKernels
+from chandra.planner.kernels import CpuKernels, Limits, host_workspace
 from chandra.store import Progress, Store, StoredModel
 from chandra.text import Tokenizer, load_tokenizer
 from chandra.text.template import ChatTemplate, has_template
@@ -112,7 +112,7 @@ def load(
         }
         decoder = _load_weights(checkpoint, spec, made, backends, ledger, progress)
         resources.callback(decoder.close)
-        ledger.reserve("cpu", Kind.WORKSPACE, CpuKernels().scratch_bytes(spec, made.chunk, made.max_logit_rows))
+        ledger.reserve("cpu", Kind.WORKSPACE, _host_workspace(spec, made))
         pool = _make_pool(spec, made, backends, ledger)
         resources.callback(pool.close)
         swap = _make_swap(pool, made, backends, ledger, resources)
@@ -141,6 +141,15 @@ def _open_ledger(made: Plan) -> Ledger:
         if row.kind is Kind.RUNTIME:
             ledger.reserve(row.device, row.kind, row.nbytes)
     return ledger
+
+
+def _host_workspace(spec: ModelSpec, made: Plan) -> int:
+    """Bytes of the host that steps take besides the decoder's buffers."""
+    devices = [made.device(part.device) for part in made.parts()]
+    limits = Limits(made.chunk, made.max_num_seqs, made.workload.context, made.max_logit_rows)
+    computes = any(device.kind in ("cpu", "virtual") for device in devices)
+    away = any(device.kind != "cpu" for device in devices)
+    return host_workspace(CpuKernels(), spec, limits, len(made.num_blocks), made.block_size, computes, away)
 
 
 def _used(made: Plan, device: str) -> bool:

@@ -11,6 +11,7 @@ from tiny_model import SIZE, VOCAB, Tiny
 from chandra.backends.cpu.backend import CpuBackend
 from chandra.config import SamplingParams
 from chandra.engine import Engine, Output
+from chandra.kvcache import index_bytes
 
 
 @pytest.fixture(scope="module", params=["llama-cpu", "gemma3-cpu", "gemma3-reference"])
@@ -138,3 +139,15 @@ def test_other_cache_types_generate_too(kv_type: str) -> None:
     ids = [engine.add([5, 6, 7, *range(i, i + 20)], SamplingParams(temperature=0, max_tokens=8))[0] for i in (1, 9)]
     run(engine, texts)
     assert all(1 <= len(texts[i]) <= 8 for i in ids)
+
+
+def test_the_arrays_of_steps_are_those_that_are_reserved(model: Tiny) -> None:
+    engine = model.engine(context=64, seqs=4, chunk=16)
+    for prompt, params in requests(4):
+        engine.add(prompt, params)
+    engine.step()
+    view = engine.runner._view
+    owners = [engine.runner, view, *engine.blocks.tables.values(), *engine._sequences.values()]
+    arrays = [value for owner in owners for value in vars(owner).values() if isinstance(value, np.ndarray)]
+    planned = index_bytes(len(view._pool.groups), 4, 64, SIZE, 16, 4)
+    assert 0.5 * planned < sum(array.nbytes for array in arrays) <= planned

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from chandra.config import SamplingParams
+from chandra.config import SAMPLING, SamplingParams
 from chandra.engine.sampler import derive_seed, largest, logprobs_of, sample, uniform
 from chandra.errors import NumericError
 
@@ -200,3 +201,28 @@ def test_logprobs_are_a_log_softmax(row: Row, top: int) -> None:
     np.testing.assert_allclose(result.logprob, expected[len(row) // 2], atol=1e-5)
     assert [t for t, _ in result.top] == sorted(range(len(row)), key=lambda i: (-row[i], i))[:top]
     np.testing.assert_allclose([p for _, p in result.top], expected[[t for t, _ in result.top]], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0},
+        {"top_p": 0.9},
+        {"top_p": 0.9999},
+        {"typical_p": 0.9},
+        {"typical_p": 0.9, "top_p": 0.99, "min_p": 0.01, "top_k": 100_000},
+        {"repetition_penalty": 1.1, "min_p": 0.0001},
+    ],
+    ids=str,
+)
+def test_choosing_takes_no_more_than_is_reserved(params: dict[str, Any]) -> None:
+    row = np.random.default_rng(0).standard_normal(150_000).astype(np.float32) * 2
+    tracemalloc.start()
+    try:
+        raw = row.copy()
+        token = sample(row, SamplingParams(**params), np.arange(50, dtype=np.int32), 3, 1)
+        logprobs_of(raw, token, 20)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak <= SAMPLING * row.size + (64 << 10)

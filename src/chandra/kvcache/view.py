@@ -11,6 +11,14 @@ from chandra.kvcache.pool import KVPool
 from chandra.ops.contracts import IntArray, KVLayer, KVTables
 
 
+def index_bytes(groups: int, sequences: int, context: int, block_size: int, rows: int, logit_rows: int) -> int:
+    """Bytes of the int32 arrays that describe steps of up to `rows` tokens of `sequences` running sequences: tokens,
+    positions and slots of rows, block tables (a sequence's own and the step's copy), the sequences' tokens."""
+    blocks = -(-context // block_size)
+    of_rows = rows * (groups + 10) + max(context, rows) + logit_rows  # 8 of them for a moment, in `prepare`
+    return 4 * (of_rows + sequences * (2 * groups * blocks + context + 64 + 2))
+
+
 class BatchView:
     """A `KVView` whose tables are rewritten for every step, in arrays that stay where they are.
 

@@ -30,7 +30,7 @@ def assemble(found: Found, devices: Sequence[Device], reserve: int) -> Plan:
     w = candidate.workload
     groups = group_layers([x.attention for x in candidate.model.spec.layers], [part.device for part in layers])
     num_blocks = tuple(g.max_blocks(w.context, candidate.chunk, BLOCK_SIZE, w.parallel) for g in groups)
-    predictions = _predictions(candidate, parts, layers)
+    predictions = _predictions(candidate, parts, layers, len(groups))
     speed = _speed(candidate, layers, experts, head_device)
     host = next(device for device in devices if device.name == HOST)
     left = host.cap - reserve - sum(p.nbytes for p in predictions if p.device == HOST and p.kind != Kind.LOADING)
@@ -112,7 +112,9 @@ def _loading(candidate: Candidate, parts: Sequence[Part], predictions: Sequence[
     return before + candidate.sizes.loading(on_host)
 
 
-def _predictions(candidate: Candidate, parts: Sequence[Part], layers: Sequence[Part]) -> tuple[Prediction, ...]:
+def _predictions(
+    candidate: Candidate, parts: Sequence[Part], layers: Sequence[Part], groups: int
+) -> tuple[Prediction, ...]:
     need: dict[tuple[str, Kind], int] = defaultdict(int)
     need[HOST, Kind.LOADING] = candidate.sizes.passing
     staging = 0
@@ -129,11 +131,13 @@ def _predictions(candidate: Candidate, parts: Sequence[Part], layers: Sequence[P
     for part, nbytes in zip(layers, candidate.kv_need, strict=True):
         need[part.device, Kind.KV] += int(nbytes)
     apart = any(part.name.endswith(".experts") for part in parts)
+    need[HOST, Kind.WORKSPACE] = candidate.host_workspace((part.device for part in parts), groups)
     for device in {part.device for part in parts} | {HOST}:
         held = [i for i, part in enumerate(layers) if part.device == device]
         if device == HOST and apart:
             held = list(range(len(layers)))
-        need[device, Kind.WORKSPACE] += candidate.workspace(device, device == parts[-1].device, held)
+        if held or any(part.device == device for part in parts):
+            need[device, Kind.WORKSPACE] += candidate.workspace(device == parts[-1].device, held)
         need[device, Kind.RUNTIME] += candidate.runtime(device)
     return tuple(Prediction(d, k, n) for (d, k), n in sorted(need.items()) if n)
 

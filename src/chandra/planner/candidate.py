@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -14,6 +14,7 @@ from chandra.memory.device import Device
 from chandra.memory.plan import Placement, Workload
 from chandra.models.decoder import workspace_bytes
 from chandra.planner.cost import Machine, Rate
+from chandra.planner.kernels import Limits, host_workspace
 from chandra.planner.placement import Floats, Mode, Offload, Tier
 from chandra.planner.sizes import ModelSizes, Pieces, PlannableModel
 
@@ -103,12 +104,20 @@ class Candidate:
             self._cache["all", device] = float(self.request_seconds("resident", device).sum())
         return cast(float, self._cache["all", device])
 
-    def workspace(self, device: str, head: bool, layers: Sequence[int] | None = None) -> int:
-        """Bytes of activation buffers, and of the CPU kernels' own. `layers`: those held; None: any of them."""
+    def workspace(self, head: bool, layers: Sequence[int] | None = None) -> int:
+        """Bytes of the decoder's buffers on a device. `layers`: those held; None: any of them."""
         spec, rows = self.model.spec, self.max_logit_rows if head else 0
-        held = range(spec.num_layers) if layers is None else layers
-        own = self.model.kernels.scratch_bytes(spec, self.chunk, rows) if self._on_cpu(device) else 0
-        return own + workspace_bytes(spec, held, self.chunk, rows)
+        return workspace_bytes(spec, range(spec.num_layers) if layers is None else layers, self.chunk, rows)
+
+    def host_workspace(self, devices: Iterable[str], groups: int | None = None) -> int:
+        """Bytes of the host that steps on these devices take besides. `groups`: of layers; None: as many as can be."""
+        limits = Limits(self.chunk, self.max_num_seqs, self.workload.context, self.max_logit_rows)
+        used = set(devices)
+        groups = groups or len(used) * len(self.model.attention[0])
+        key = (limits, groups, BLOCK_SIZE, any(map(self._on_cpu, used)), used != {HOST})
+        if key not in self.model.known:
+            self.model.known[key] = host_workspace(self.model.kernels, self.model.spec, *key)
+        return self.model.known[key]
 
     def step_seconds(
         self, placement: Placement, device: str, rows: int, sequences: int, context: float, apart: bool = False
@@ -189,10 +198,10 @@ class Candidate:
 
     def taken(self, device: str, head: bool, computes: bool = True) -> int:
         """Bytes of everything but layers and their cache on a device that computes layers or only passes them on."""
-        known, on_cpu = self.model.known, self._on_cpu(device)
-        key = (on_cpu, head and self.max_logit_rows, computes, self.chunk)
+        known = self.model.known
+        key = (head and self.max_logit_rows, computes, self.chunk)
         if key not in known:
-            known[key] = self.workspace(device, head, None if computes else ())
+            known[key] = self.workspace(head, None if computes else ())
         return self.runtime(device) + self.outer_weights(device, head) + known[key]
 
     def runtime(self, device: str) -> int:

@@ -263,6 +263,7 @@ def _sites(
     if option.spill < 2 and candidate.least_need.sum() > sum(device.cap for device in devices):
         return
     alone, spill = len(devices) == 1, option.spill
+    steps = candidate.host_workspace(device.name for device in devices)
     heads = {
         (d.cap, d.kind, machine.of(d.name), allowed[d.name]): d for d in devices if d.name != HOST or spill or alone
     }
@@ -273,18 +274,18 @@ def _sites(
             computes = device.name != HOST or spill > 0 or hosted
             taken = candidate.taken(device.name, device is head, computes) + c.reserve
             room[device.name] = float(device.cap - taken)
-        room[HOST] -= _loading(candidate, devices, spill == 2) + (c.swap or 0)
+        room[HOST] -= steps + _loading(candidate, devices, spill == 2, steps) + (c.swap or 0)
         if min(room[HOST], room[head.name]) >= 0:
             yield _Site(candidate, devices, head, spill, room, allowed, hosted)
 
 
-def _loading(candidate: Candidate, devices: Sequence[Device], disk: bool) -> int:
+def _loading(candidate: Candidate, devices: Sequence[Device], disk: bool, steps: int) -> int:
     """Bytes of the host that loading may need beyond those of all that will be there. Without other devices it has what
-    the cache and the workspace will take."""
+    the cache and the workspace (`steps`: beside the decoder's) will take."""
     if len(devices) > 1:
         return candidate.sizes.passing
     needed = candidate.sizes.passing if disk else candidate.sizes.loading_whole
-    return max(0, needed - int(candidate.kv_need.sum()) - candidate.workspace(HOST, True))
+    return max(0, needed - int(candidate.kv_need.sum()) - candidate.workspace(True) - steps)
 
 
 def _allowed(ranges: Mapping[str, Sequence[tuple[int, int]]], device: str, num_layers: int) -> tuple[bool, ...]:
