@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,17 @@ class DecoderLayer:
         backend.linear_add(scratch[4], self.mlp.down, self.post_mlp_norm, x)
 
 
+@dataclass(eq=False)
+class Segment:
+    """A run of work on one backend: perhaps the embedding, some layers, perhaps the logits."""
+
+    backend: Backend
+    layers: list[DecoderLayer] = field(default_factory=list)
+    places: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
+    embeds: bool = False
+    scores: bool = False
+
+
 class Decoder:
     """A model on its backends. Made by `loader.load_decoder`; `close` gives its reservations back."""
 
@@ -159,10 +171,7 @@ class Decoder:
         except BaseException:
             self.close()
             raise
-        self._steps = [
-            (layer, layer.places, backend, self._workspaces[id(backend)])
-            for layer, backend in zip(self.layers, backends.layers, strict=True)
-        ]
+        self._segments = self._cut()
 
     def _allocate(self, ledger: Ledger) -> None:
         spec, backends, max_rows = self.spec, self.backends, self.max_rows
@@ -181,27 +190,53 @@ class Decoder:
         rows, logit_rows = len(batch.token_ids), len(batch.logit_rows)
         if rows > self.max_rows or logit_rows > self.max_logit_rows:
             raise ValueError(f"a batch of {rows} rows, {logit_rows} of them wanted, is more than was planned for")
-        backend = self.backends.embedding
-        x = self._workspaces[id(backend)].hidden[:rows]
-        backend.embed(batch, self.embedding, self.spec.embedding_scale, x)
-        for layer, places, wanted, workspace in self._steps:
-            if wanted is not backend:
-                x, backend = self._move(x, backend, wanted), wanted
-            layer.forward(backend, x, workspace.scratch(rows, places), batch, kv)
+        source: Backend | None = None
+        for segment in self._segments:
+            if not (logit_rows or segment.layers or segment.embeds):
+                break
+            backend = segment.backend
+            if source is not None:  # the hidden state goes through the host
+                hidden = (self._workspaces[id(b)].hidden[:rows] for b in (source, backend))
+                backend.write(source.download(next(hidden)), next(hidden))
+            tables = {id(t): t for t in (kv.tables(layer.index) for layer in segment.layers)}
+            backend.step(segment, batch, tuple(tables.values()), partial(self._run, segment, batch, kv))
+            source = backend
         if not logit_rows:
             return np.empty((0, self.spec.vocab_size), np.float32)
-        head = self.backends.head
-        if head is not backend:
-            x = self._move(x, backend, head)
-        (out,) = self._workspaces[id(head)].scratch(logit_rows, ((0, self.spec.vocab_size),))
-        head.logits(x, batch.logit_rows, self.norm, self.head, self.spec.logit_scale, self.spec.logit_softcap, out)
-        return head.download(out)
+        return self.backends.head.download(self._logits(logit_rows))
 
-    def _move(self, x: Array, source: Backend, target: Backend) -> Array:
-        """The hidden state on another backend, through the host."""
-        moved = self._workspaces[id(target)].hidden[: len(x)]
-        target.write(source.download(x), moved)
-        return moved
+    def _run(self, segment: Segment, batch: ForwardBatch, kv: KVView) -> None:
+        """The ops of a segment."""
+        spec, backend, rows = self.spec, segment.backend, len(batch.token_ids)
+        workspace = self._workspaces[id(backend)]
+        x = workspace.hidden[:rows]
+        if segment.embeds:
+            backend.embed(batch, self.embedding, spec.embedding_scale, x)
+        for layer, places in zip(segment.layers, segment.places, strict=True):
+            layer.forward(backend, x, workspace.scratch(rows, places), batch, kv)
+        if segment.scores and len(batch.logit_rows):
+            out = self._logits(len(batch.logit_rows))
+            backend.logits(x, batch.logit_rows, self.norm, self.head, spec.logit_scale, spec.logit_softcap, out)
+
+    def _logits(self, rows: int) -> Array:
+        """The buffer for rows of logits."""
+        (out,) = self._workspaces[id(self.backends.head)].scratch(rows, ((0, self.spec.vocab_size),))
+        return out
+
+    def _cut(self) -> list[Segment]:
+        """Runs of work that stay on one backend."""
+        backends = self.backends
+        embedding, *layers, head = (backends.embedding, *backends.layers, backends.head)
+        segments = [Segment(embedding, embeds=True)]
+        for layer, backend in zip(self.layers, layers, strict=True):
+            if backend is not segments[-1].backend:
+                segments.append(Segment(backend))
+            segments[-1].layers.append(layer)
+            segments[-1].places.append(layer.places)
+        if head is not segments[-1].backend:
+            segments.append(Segment(head))
+        segments[-1].scores = True
+        return segments
 
     def close(self) -> None:
         """Give the reservations back. The decoder must not be used after."""

@@ -13,6 +13,7 @@ Shapes: `n` rows (tokens) of one ragged batch, `b` sequences, `H` query heads, `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -178,6 +179,18 @@ class Backend(ABC):
         it. Raises BudgetExceeded."""
 
     # ops
+
+    def step(
+        self,
+        segment: Hashable,  # noqa: ARG002
+        batch: ForwardBatch,  # noqa: ARG002
+        tables: Sequence[KVTables],  # noqa: ARG002
+        ops: Callable[[], None],
+    ) -> None:
+        """Do `ops`, which makes all calls of a step for this device. A device may record them and, in a later step of
+        the same `segment` whose batch has the same sizes, repeat the record instead: `ops` must do nothing but make
+        calls that depend on the contents of `batch` and `tables` (all that it uses) and of buffers alone."""
+        ops()
 
     @abstractmethod
     def embed(self, batch: ForwardBatch, table: Weight, scale: float, out: Array) -> None:
