@@ -14,8 +14,9 @@ from chandra.config import SamplingParams, Settings
 from chandra.engine import Engine, Output, TokenLogprobs
 from chandra.errors import RequestError
 from chandra.memory.plan import Plan
+from chandra.memory.running import MemoryRow
 from chandra.planner import PlanRequest
-from chandra.runtime import MemoryRow, Runtime, load
+from chandra.runtime import Runtime, load
 from chandra.store import Progress, StoredModel
 from chandra.text import StopMatcher, StreamDetokenizer, Tokenizer
 
@@ -213,7 +214,7 @@ class LLM:
         answers = {s: self._answer(i, params, continues) for i, s in enumerate(seq_ids)}
         try:
             while answers:
-                for news in self.engine.step():
+                for news in self._step():
                     answer = answers[news.seq_id]
                     text = self._take(answer, news)
                     out = answer.output
@@ -251,7 +252,7 @@ class LLM:
                         result.outputs.append(answer.output)
                         answers[seq_id] = (result, answer)
                 while answers:
-                    for news in self.engine.step():
+                    for news in self._step():
                         result, answer = answers[news.seq_id]
                         self._take(answer, news)
                         if news.prompt_logprobs is not None:
@@ -264,6 +265,10 @@ class LLM:
                 for seq_id in answers:
                     self.engine.abort(seq_id)
         return results
+
+    def _step(self) -> list[Output]:
+        self._runtime.tell()
+        return self.engine.step()
 
     def _answer(self, index: int, params: SamplingParams, continues: bool) -> _Answer:
         return _Answer(self.tokenizer, params, CompletionOutput(index), continues)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from chandra.backends import make_backend
@@ -16,6 +17,7 @@ from chandra.kvcache import KVPool, SwapSpace, group_layers, swap_slots
 from chandra.memory.host import resident_bytes
 from chandra.memory.ledger import Kind, Ledger
 from chandra.memory.plan import Plan
+from chandra.memory.running import MemoryRow, Running, StateFile, began
 from chandra.models import Backends, Decoder, ModelSpec, load_decoder, read_spec
 from chandra.ops.contracts import Backend
 from chandra.planner import PlanRequest, discover, plan, plannable, tensor_formats
@@ -23,17 +25,6 @@ from chandra.planner.kernels import CpuKernels, Limits, host_workspace
 from chandra.store import Progress, Store, StoredModel
 from chandra.text import Tokenizer, load_tokenizer
 from chandra.text.template import ChatTemplate, has_template
-
-
-@dataclass(frozen=True)
-class MemoryRow:
-    """Bytes of one kind on one device: what the plan said, what is reserved now, and the most there ever was."""
-
-    device: str
-    kind: str
-    predicted: int
-    actual: int
-    peak: int
 
 
 @dataclass(eq=False)
@@ -52,6 +43,8 @@ class Runtime:
     pool: KVPool
     load_seconds: float
     resources: ExitStack
+    state: StateFile
+    loaded: float = field(default_factory=time.time)
 
     @property
     def name(self) -> str:
@@ -74,6 +67,26 @@ class Runtime:
         resident = sum(resident_bytes())
         out.append(MemoryRow("cpu", "resident", self.plan.predicted("cpu"), resident, peak_resident()))
         return tuple(out)
+
+    def tell(self, now: bool = False) -> None:
+        """Let `chandra ps` know how it stands, at most once a second unless it is to be `now`."""
+        self.state.tell(self._describe, now)
+
+    def _describe(self) -> Running:
+        counters, workload = self.engine.counters(), self.plan.workload
+        return Running(
+            pid=os.getpid(),
+            began=began(os.getpid()) or 0,
+            model=self.name,
+            format=self.plan.format,
+            context=workload.context,
+            parallel=workload.parallel,
+            loaded=self.loaded,
+            updated=time.time(),
+            sequences=counters.running + counters.waiting,
+            tokens=counters.generated_tokens,
+            rows=self.memory(),
+        )
 
     def close(self) -> None:
         """Give everything back; doing so twice is harmless."""
@@ -118,7 +131,9 @@ def load(
         swap = _make_swap(pool, made, backends, ledger, resources)
         config = EngineConfig(made.workload.context, made.max_num_seqs, made.chunk, made.max_logit_rows)
         engine = Engine(decoder, pool, config, spec.vocab_size, tokenizer.eos_ids, swap)
-        return Runtime(
+        state = StateFile(settings.home)
+        resources.callback(state.remove)
+        runtime = Runtime(
             stored=stored,
             spec=spec,
             plan=made,
@@ -131,7 +146,10 @@ def load(
             pool=pool,
             load_seconds=time.monotonic() - started,
             resources=resources.pop_all(),
+            state=state,
         )
+        runtime.tell(now=True)
+        return runtime
 
 
 def _open_ledger(made: Plan) -> Ledger:

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from chandra import __version__
-from chandra.cli import plan, run, store
+from chandra.cli import plan, ps, run, store
 from chandra.errors import ChandraError
 
 
@@ -55,4 +55,5 @@ def _parser() -> argparse.ArgumentParser:
     run.add_commands(commands, common)
     plan.add_commands(commands, common)
     store.add_commands(commands, common)
+    ps.add_commands(commands, common)
     return parser

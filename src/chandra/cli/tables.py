@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from chandra.memory.device import Device, format_size
 from chandra.memory.ledger import Kind
 from chandra.memory.plan import Plan
-from chandra.runtime import MemoryRow
+from chandra.memory.running import MemoryRow
 
 BAR = 30  # characters
 EIGHTHS = " ▏▎▍▌▋▊▉"

@@ -57,6 +57,14 @@ def known_machine(settings: Settings) -> Machine:
     return calibrate(settings, quick=True)
 
 
+def calibrated(settings: Settings) -> str | None:
+    """When this machine was calibrated, as ISO 8601; None if it was not, or was another one then."""
+    with suppress(OSError, ValueError, KeyError):
+        stored = json.loads((settings.home / FILE).read_text(encoding="utf-8"))
+        return str(stored["date"]) if stored["machine"] == _identity(settings) else None
+    return None
+
+
 def calibrate(settings: Settings, quick: bool = False) -> Machine:
     """Measure with the real kernels, keep the result in the store's folder, return it. Quick: under a second.
 
