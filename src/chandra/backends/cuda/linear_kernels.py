@@ -1,0 +1,249 @@
+"""The Triton kernels of products with packed weights. The layouts are those of `layouts.py`.
+
+A weight is the left operand, a tile of rows by `WIDTH` words, and the activations are the right one, transposed. So
+unpacking is a shift and a mask in the registers that feed the tensor cores, and only codes pass through shared memory.
+
+Decode multiplies the codes as `v`, exact in 16 bits, by the activations, and scales the sums of a group: by `a`, and
+adds `c` times the sum of the activations, which comes from a product with a tile of ones. Prefill has too many sums for
+that, and scales the weights.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from chandra.backends.cuda.unpack_kernels import affine, planes, value, words
+
+
+@triton.jit
+def _plain(x, m, live, inputs, codes, r, columns, first, last, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
+    """The sums `(rows, n)` of rows r of a weight of floats with activation rows m."""
+    c = tl.arange(0, WIDTH)
+    acc = tl.zeros((r.shape[0], m.shape[0]), tl.float32)
+    ws = codes + r.to(tl.int64)[:, None] * columns + c[None, :]
+    xs = x + m.to(tl.int64)[None, :] * inputs + c[:, None]
+    for span in range(first, last):
+        k = span * WIDTH
+        v = tl.load(xs + k, mask=live[None, :] & (c[:, None] < inputs - k), other=0.0)
+        acc = tl.dot(tl.load(ws + k).to(DTYPE), v.to(DTYPE), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _scaled(
+    acc, p0, p1, s0, s1, scales, small, r, rows, inputs, span, I: tl.constexpr, J: tl.constexpr, SPAN: tl.constexpr,
+    GROUP: tl.constexpr, KIND: tl.constexpr, OFFSET: tl.constexpr, CODE: tl.constexpr
+):  # fmt: skip
+    """acc and the sums of two groups, scaled."""
+    a, c = affine(scales, small, r, rows, inputs, span, I, SPAN, GROUP, KIND, OFFSET, CODE)
+    acc += p0 * a[:, None]
+    if CODE > 0:
+        acc += s0 * c[:, None]
+    a, c = affine(scales, small, r, rows, inputs, span, J, SPAN, GROUP, KIND, OFFSET, CODE)
+    acc += p1 * a[:, None]
+    if CODE > 0:
+        acc += s1 * c[:, None]
+    return acc
+
+
+@triton.jit
+def _packed(
+    x, m, live, inputs, codes, high, scales, small, levels, r, rows, columns, first, last, BITS: tl.constexpr,
+    HIGH: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr,
+    OFFSET: tl.constexpr, PADDED: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """The sums `(rows, n)` of weight rows r with activation rows m over spans first to last."""
+    HALF: tl.constexpr = 16 // BITS
+    SPAN: tl.constexpr = 2 * HALF * WIDTH
+    PER: tl.constexpr = min(GROUP // WIDTH, HALF) if GROUP > 0 else 1
+    CODE: tl.constexpr = 0 if TABLE or BITS == 8 else BITS + HIGH
+    c = tl.arange(0, WIDTH)
+    ones = tl.full((r.shape[0], WIDTH), 1.0, tl.float32).to(DTYPE)
+    acc = tl.zeros((r.shape[0], m.shape[0]), tl.float32)
+    at = r.to(tl.int64)[:, None] * (columns // (2 * HALF)) + c[None, :]
+    xs = x + m.to(tl.int64)[None, :] * inputs + c[:, None]
+    for span in range(first, last):
+        w, h = words(codes, high, at + span * WIDTH, BITS, HIGH)
+        for i in tl.static_range(HALF):
+            k = span * SPAN + i * WIDTH
+            mask0, mask1 = live[None, :], live[None, :]
+            if PADDED:
+                mask0 = mask0 & (c[:, None] < inputs - k)
+                mask1 = mask1 & (c[:, None] < inputs - k - HALF * WIDTH)
+            x0 = tl.load(xs + k, mask=mask0, other=0.0)
+            x1 = tl.load(xs + k + HALF * WIDTH, mask=mask1, other=0.0)
+            if EXACT:
+                v0, v1 = planes(w, h, levels, i, BITS, HIGH, TABLE, DTYPE)
+                if GROUP == 0:
+                    acc = tl.dot(v1, x1, tl.dot(v0, x0, acc))
+                else:
+                    if i % PER == 0:
+                        p0, p1, s0, s1 = tl.dot(v0, x0), tl.dot(v1, x1), tl.dot(ones, x0), tl.dot(ones, x1)
+                    else:
+                        p0, p1 = tl.dot(v0, x0, p0), tl.dot(v1, x1, p1)
+                        s0, s1 = tl.dot(ones, x0, s0), tl.dot(ones, x1, s1)
+                    if i % PER == PER - 1:
+                        acc = _scaled(acc, p0, p1, s0, s1, scales, small, r, rows, inputs, span, i * WIDTH // GROUP,
+                                      (i + HALF) * WIDTH // GROUP, SPAN, GROUP, KIND, OFFSET, CODE)  # fmt: skip
+            else:
+                v0 = value(
+                    w, h, levels, scales, small, r, rows, inputs, span, i, BITS, HIGH, WIDTH, GROUP, KIND, TABLE, OFFSET
+                )
+                v1 = value(
+                    w,
+                    h,
+                    levels,
+                    scales,
+                    small,
+                    r,
+                    rows,
+                    inputs,
+                    span,
+                    i + HALF,
+                    BITS,
+                    HIGH,
+                    WIDTH,
+                    GROUP,
+                    KIND,
+                    TABLE,
+                    OFFSET,
+                )
+                acc = tl.dot(v1.to(DTYPE), x1, tl.dot(v0.to(DTYPE), x0, acc))
+    return acc
+
+
+@triton.jit
+def _activated(y, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        y = y * tl.sigmoid(y)
+    elif ACTIVATION == "gelu":
+        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    elif ACTIVATION == "relu":
+        y = tl.maximum(y, 0.0)
+    elif ACTIVATION == "sigmoid":
+        y = tl.sigmoid(y)
+    return y
+
+
+@triton.jit
+def _sums(
+    x, m, live, inputs, codes, high, scales, small, levels, expert, r, rows, outputs, columns, first, last,
+    BITS: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
+    TABLE: tl.constexpr, OFFSET: tl.constexpr, SMALL: tl.constexpr, PADDED: tl.constexpr, EXACT: tl.constexpr,
+    DTYPE: tl.constexpr
+):  # fmt: skip
+    """The sums of an expert's rows r over spans first to last."""
+    if KIND == "plain":
+        acc = _plain(x, m, live, inputs, codes + expert * rows * columns, r, columns, first, last, WIDTH, DTYPE)
+    else:
+        skip = expert * rows
+        if KIND == "nested":  # its blocks are counted through the experts
+            skip -= expert * outputs
+            r += expert * outputs
+        stride = columns // (32 // BITS)
+        groups = 1 if GROUP == 0 else columns // GROUP
+        if SMALL > 0:
+            groups = columns // 256
+            small += skip * groups * SMALL
+        scales += expert * rows * groups - expert * rows + skip
+        acc = _packed(
+            x, m, live, inputs, codes + skip * stride, high + skip * stride, scales, small, levels, r, rows, columns,
+            first, last, BITS, HIGH, WIDTH, GROUP, KIND, TABLE, OFFSET, PADDED, EXACT, DTYPE
+        )  # fmt: skip
+        if GROUP == 0:
+            acc *= tl.load(scales + r)[:, None]
+    return acc
+
+
+@triton.jit
+def _together(acc, partials, split, splits, SIZE: tl.constexpr):
+    """The sums of all splits, in their order."""
+    at = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
+    acc = tl.zeros(acc.shape, tl.float32)
+    for i in range(splits):
+        acc += tl.load(partials + i * SIZE + at, cache_modifier=".cg")
+    return acc
+
+
+@triton.jit
+def _write(
+    acc, gate, bias, bias2, out, m, live, r, outputs, GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    INTO: tl.constexpr
+):  # fmt: skip
+    """Biases, activation, gate; then to out, or into what is there."""
+    if BIAS:
+        acc += tl.load(bias + r, mask=r < outputs, other=0.0)[:, None]
+    if GATED:
+        if BIAS:
+            gate += tl.load(bias2 + r, mask=r < outputs, other=0.0)[:, None]
+        acc *= _activated(gate, ACTIVATION)
+    else:
+        acc = _activated(acc, ACTIVATION)
+    places = out + m.to(tl.int64)[None, :] * outputs + r[:, None]
+    mask = live[None, :] & (r[:, None] < outputs)
+    if INTO == "add":
+        acc += tl.load(places, mask=mask, other=0.0)
+    elif INTO == "multiply":
+        acc *= tl.load(places, mask=mask, other=0.0).to(tl.float32)
+    tl.store(places, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n", "spans", "per", "top"])
+def product_kernel(
+    x, order, tiles, codes, high, scales, small, levels, codes2, high2, scales2, small2, bias, bias2, out, locks,
+    partials, n, inputs, outputs, rows, columns, spans, per, top, BITS: tl.constexpr, HIGH: tl.constexpr,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr, OFFSET: tl.constexpr,
+    SMALL: tl.constexpr, PADDED: tl.constexpr, EXACT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    EXPERTS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    INTO: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """out `(n, outputs)` = x `(n, inputs)` @ weight.T, in tiles of BM activation rows, BN weight rows and, with SPLIT,
+    pieces of `per` spans; the last piece of a tile to finish adds them all up in their order.
+
+    GATED: `ACTIVATION(x @ weight2.T) * (x @ weight.T)`. EXPERTS: `tiles[i]` is the expert of tile i (-1: none), `order`
+    its slots (-1: none); slot s reads row s // top of x and writes row s of out.
+    """
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    tile, split = tl.program_id(0), tl.program_id(2)
+    m = tile * BM + tl.arange(0, BM)
+    r = tl.program_id(1) * BN + tl.arange(0, BN)
+    r = tl.max_contiguous(tl.multiple_of(tl.where(r < rows, r, r % 32), 32), 32)
+    live, source, expert = m < n, m, 0
+    if EXPERTS:
+        expert = tl.load(tiles + tile).to(tl.int64)
+        if expert < 0:
+            return
+        m = tl.load(order + m)
+        live = m >= 0
+        source = m // top
+    first, last = split * per, min(split * per + per, spans)
+    acc = _sums(
+        x, source, live, inputs, codes, high, scales, small, levels, expert, r, rows, outputs, columns, first, last,
+        BITS, HIGH, WIDTH, GROUP, KIND, TABLE, OFFSET, SMALL, PADDED, EXACT, DTYPE
+    )  # fmt: skip
+    gate = acc
+    if GATED:
+        gate = _sums(
+            x, source, live, inputs, codes2, high2, scales2, small2, levels, expert, r, rows, outputs, columns, first,
+            last, BITS, HIGH, WIDTH, GROUP, KIND, TABLE, OFFSET, SMALL, PADDED, EXACT, DTYPE
+        )  # fmt: skip
+    r = tl.program_id(1) * BN + tl.arange(0, BN)
+    if SPLIT:
+        SIZE: tl.constexpr = BN * BM * (2 if GATED else 1)
+        place = tl.program_id(1) * tl.num_programs(0) + tile
+        partials += place * tl.num_programs(2) * SIZE
+        at = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        tl.store(partials + split * SIZE + at, acc)
+        if GATED:
+            tl.store(partials + split * SIZE + BN * BM + at, gate)
+        tl.debug_barrier()
+        if tl.atomic_add(locks + place, 1, sem="acq_rel") < tl.num_programs(2) - 1:
+            return
+        tl.store(locks + place, 0)
+        acc = _together(acc, partials, split, tl.num_programs(2), SIZE)
+        if GATED:
+            gate = _together(acc, partials + BN * BM, split, tl.num_programs(2), SIZE)
+    _write(acc, gate, bias, bias2, out, m, live, r, outputs, GATED, BIAS, ACTIVATION, INTO)

@@ -1,0 +1,63 @@
+"""Mixture of experts on a GPU: choose, group the choices by expert, compute, and add up.
+
+A slot is one choice of one row: slot `row * top_k + j`. Nothing returns to the host, so a step can be captured.
+"""
+
+from __future__ import annotations
+
+import triton
+
+from chandra.backends.cuda.layouts import ALIGNMENT, DeviceWeight
+from chandra.backends.cuda.linear import DECODE, Routes, chip_of, gate_up, product, tiles_for
+from chandra.backends.cuda.moe_kernels import add_kernel, choose_kernel, group_kernel
+from chandra.lazy import torch
+
+
+def _sizes(n: int, bm: int, experts: int, top_k: int, hidden: int, ff: int) -> tuple[int, ...]:
+    """Bytes of choices, shares, order, tiles, inner state and parts, each a multiple of the alignment."""
+    slots = n * top_k
+    tiles = min(slots, min(slots, experts) + slots // bm)
+    sizes = (4 * slots, 4 * slots, 4 * tiles * bm, 4 * tiles, 2 * slots * ff, 4 * slots * hidden)
+    return tuple(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+
+
+def scratch_bytes(n: int, experts: int, top_k: int, hidden: int, ff: int) -> int:
+    """Bytes of scratch that `moe` needs for up to n rows."""
+    return max(sum(_sizes(n, bm, experts, top_k, hidden, ff)) for bm in (8, 16, 32, 64, 128))
+
+
+def moe(
+    x: torch.Tensor,
+    router_logits: torch.Tensor,
+    gate: DeviceWeight,
+    up: DeviceWeight,
+    down: DeviceWeight,
+    top_k: int,
+    normalize: bool,
+    activation: str,
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+) -> None:
+    """out float32 `(n, hidden)` = the chosen experts of x `(n, hidden)`, weighted (see `contracts.Experts`).
+
+    router_logits float32 `(n, experts)`; scratch uint8 of `scratch_bytes`, 128-byte aligned, whatever is in it.
+    """
+    n, hidden = x.shape
+    experts, ff = up.arrangement.shape[:2]
+    slots = n * top_k
+    bm = tiles_for(chip_of(x.device), n if n <= DECODE else max(DECODE + 1, slots // experts), ff, 1).bm
+    choices, shares, order, tiles, inner, parts = torch.split(
+        scratch[: sum(sizes := _sizes(n, bm, experts, top_k, hidden, ff))], list(sizes)
+    )
+    choices, order, tiles = (t.view(torch.int32) for t in (choices, order, tiles))
+    shares, parts = shares.view(torch.float32), parts.view(torch.float32)
+    inner = inner.view(x.dtype)[: slots * ff].view(slots, ff)
+    tiles = tiles[: min(slots, min(slots, experts) + slots // bm)]
+    power = triton.next_power_of_2(experts)
+    choose_kernel[(n,)](router_logits, choices, shares, experts, TOP=top_k, E=power, NORMALIZE=normalize, num_warps=1)
+    chunk = min(max(triton.next_power_of_2(slots), 16), 8192 // min(power, 512))
+    group_kernel[(experts,)](choices, order, tiles, slots, len(tiles), BM=bm, E=power, CHUNK=chunk)
+    gate_up(x, gate, up, activation, inner, routes=Routes(order, tiles, top_k, bm))
+    product(inner, down, None, parts, routes=Routes(order, tiles, 1, bm))
+    block = min(1024, triton.next_power_of_2(hidden))
+    add_kernel[(n, triton.cdiv(hidden, block))](parts, shares, out, hidden, TOP=top_k, BLOCK=block)

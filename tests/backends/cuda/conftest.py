@@ -1,0 +1,37 @@
+"""Triton kernels run in its interpreter on tensors of the CPU. The variable has to be set before triton is imported."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _float32(handle: Any) -> Any:
+    return handle.data if handle.dtype.scalar != tl.bfloat16 else (handle.data.astype(np.uint32) << 16).view(np.float32)
+
+
+def _dot(_: object, a: Any, b: Any, d: Any, *__: object) -> Any:
+    """The interpreter keeps bfloat16 as uint16, and would multiply those as whole numbers.
+
+    In float64 the products of 16-bit numbers add up exactly, in whatever order numpy takes for this many columns.
+    """
+    product = np.matmul(_float32(a), _float32(b), dtype=np.float64).astype(np.float32) + d.data
+    return interpreter.TensorHandle(product, d.dtype.scalar)
+
+
+def _patch_tensor(tensor: Any, scope: Any) -> None:
+    """Its scalars are arrays of one element, which newer numpy does not make whole numbers."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+interpreter._patch_lang_tensor = _patch_tensor
+interpreter.InterpreterBuilder.create_dot = _dot
