@@ -17,20 +17,6 @@ from chandra.backends.cuda.unpack_kernels import affine, planes, value, words
 
 
 @triton.jit
-def _plain(x, m, live, inputs, codes, r, columns, first, last, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
-    """The sums `(rows, n)` of rows r of a weight of floats with activation rows m."""
-    c = tl.arange(0, WIDTH)
-    acc = tl.zeros((r.shape[0], m.shape[0]), tl.float32)
-    ws = codes + r.to(tl.int64)[:, None] * columns + c[None, :]
-    xs = x + m.to(tl.int64)[None, :] * inputs + c[:, None]
-    for span in range(first, last):
-        k = span * WIDTH
-        v = tl.load(xs + k, mask=live[None, :] & (c[:, None] < inputs - k), other=0.0)
-        acc = tl.dot(tl.load(ws + k).to(DTYPE), v.to(DTYPE), acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
 def _scaled(
     acc, p0, p1, s0, s1, scales, small, r, rows, inputs, span, I: tl.constexpr, J: tl.constexpr, SPAN: tl.constexpr,
     GROUP: tl.constexpr, KIND: tl.constexpr, OFFSET: tl.constexpr, CODE: tl.constexpr
@@ -44,6 +30,31 @@ def _scaled(
     acc += p1 * a[:, None]
     if CODE > 0:
         acc += s1 * c[:, None]
+    return acc
+
+
+@triton.jit
+def _activations(xs, k, live, inputs, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Columns k to k + WIDTH of the activations, transposed; zeros outside."""
+    mask = live[None, :]
+    if PADDED:
+        mask = mask & (tl.arange(0, WIDTH)[:, None] < inputs - k)
+    return tl.load(xs + k, mask=mask, other=0.0)
+
+
+@triton.jit
+def _plain(
+    x, m, live, inputs, codes, r, columns, first, last, WIDTH: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """The sums `(rows, n)` of rows r of a weight of floats with activation rows m."""
+    c = tl.arange(0, WIDTH)
+    acc = tl.zeros((r.shape[0], m.shape[0]), tl.float32)
+    ws = codes + r.to(tl.int64)[:, None] * columns + c[None, :]
+    xs = x + m.to(tl.int64)[None, :] * inputs + c[:, None]
+    for span in range(first, last):
+        k = span * WIDTH
+        v = _activations(xs, k, live, inputs, WIDTH, PADDED)
+        acc = tl.dot(tl.load(ws + k).to(DTYPE), v, acc)
     return acc
 
 
@@ -67,12 +78,8 @@ def _packed(
         w, h = words(codes, high, at + span * WIDTH, BITS, HIGH)
         for i in tl.static_range(HALF):
             k = span * SPAN + i * WIDTH
-            mask0, mask1 = live[None, :], live[None, :]
-            if PADDED:
-                mask0 = mask0 & (c[:, None] < inputs - k)
-                mask1 = mask1 & (c[:, None] < inputs - k - HALF * WIDTH)
-            x0 = tl.load(xs + k, mask=mask0, other=0.0)
-            x1 = tl.load(xs + k + HALF * WIDTH, mask=mask1, other=0.0)
+            x0 = _activations(xs, k, live, inputs, WIDTH, PADDED)
+            x1 = _activations(xs, k + HALF * WIDTH, live, inputs, WIDTH, PADDED)
             if EXACT:
                 v0, v1 = planes(w, h, levels, i, BITS, HIGH, TABLE, DTYPE)
                 if GROUP == 0:
@@ -137,7 +144,8 @@ def _sums(
 ):  # fmt: skip
     """The sums of an expert's rows r over spans first to last."""
     if KIND == "plain":
-        acc = _plain(x, m, live, inputs, codes + expert * rows * columns, r, columns, first, last, WIDTH, DTYPE)
+        codes += expert * rows * columns
+        acc = _plain(x, m, live, inputs, codes, r, columns, first, last, WIDTH, PADDED, DTYPE)
     else:
         skip = expert * rows
         if KIND == "nested":  # its blocks are counted through the experts
@@ -159,10 +167,10 @@ def _sums(
 
 
 @triton.jit
-def _together(acc, partials, split, splits, SIZE: tl.constexpr):
+def _together(partials, splits, BN: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr):
     """The sums of all splits, in their order."""
-    at = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
-    acc = tl.zeros(acc.shape, tl.float32)
+    at = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+    acc = tl.zeros((BN, BM), tl.float32)
     for i in range(splits):
         acc += tl.load(partials + i * SIZE + at, cache_modifier=".cg")
     return acc
@@ -197,8 +205,8 @@ def product_kernel(
     partials, n, inputs, outputs, rows, columns, spans, per, top, BITS: tl.constexpr, HIGH: tl.constexpr,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr, OFFSET: tl.constexpr,
     SMALL: tl.constexpr, PADDED: tl.constexpr, EXACT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    EXPERTS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    INTO: tl.constexpr, SPLIT: tl.constexpr
+    EXPERTS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, INTO: tl.constexpr,
+    SPLIT: tl.constexpr
 ):  # fmt: skip
     """out `(n, outputs)` = x `(n, inputs)` @ weight.T, in tiles of BM activation rows, BN weight rows and, with SPLIT,
     pieces of `per` spans; the last piece of a tile to finish adds them all up in their order.
@@ -209,8 +217,8 @@ def product_kernel(
     DTYPE: tl.constexpr = x.dtype.element_ty
     tile, split = tl.program_id(0), tl.program_id(2)
     m = tile * BM + tl.arange(0, BM)
-    r = tl.program_id(1) * BN + tl.arange(0, BN)
-    r = tl.max_contiguous(tl.multiple_of(tl.where(r < rows, r, r % 32), 32), 32)
+    row = tl.program_id(1) * BN + tl.arange(0, BN)
+    r = tl.max_contiguous(tl.multiple_of(tl.where(row < rows, row, row % 32), 32), 32)
     live, source, expert = m < n, m, 0
     if EXPERTS:
         expert = tl.load(tiles + tile).to(tl.int64)
@@ -230,7 +238,6 @@ def product_kernel(
             x, source, live, inputs, codes2, high2, scales2, small2, levels, expert, r, rows, outputs, columns, first,
             last, BITS, HIGH, WIDTH, GROUP, KIND, TABLE, OFFSET, SMALL, PADDED, EXACT, DTYPE
         )  # fmt: skip
-    r = tl.program_id(1) * BN + tl.arange(0, BN)
     if SPLIT:
         SIZE: tl.constexpr = BN * BM * (2 if GATED else 1)
         place = tl.program_id(1) * tl.num_programs(0) + tile
@@ -243,7 +250,7 @@ def product_kernel(
         if tl.atomic_add(locks + place, 1, sem="acq_rel") < tl.num_programs(2) - 1:
             return
         tl.store(locks + place, 0)
-        acc = _together(acc, partials, split, tl.num_programs(2), SIZE)
+        acc = _together(partials, tl.num_programs(2), BN, BM, SIZE)
         if GATED:
-            gate = _together(acc, partials + BN * BM, split, tl.num_programs(2), SIZE)
-    _write(acc, gate, bias, bias2, out, m, live, r, outputs, GATED, BIAS, ACTIVATION, INTO)
+            gate = _together(partials + BN * BM, tl.num_programs(2), BN, BM, SIZE)
+    _write(acc, gate, bias, bias2, out, m, live, row, outputs, GATED, BIAS, ACTIVATION, INTO)
