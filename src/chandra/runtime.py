@@ -195,6 +195,7 @@ def _load_weights(
         context_length=made.workload.context,
         max_rows=made.chunk,
         max_logit_rows=made.max_logit_rows,
+        micro_rows=made.micro_rows,
         formats=tensor_formats(spec, made.format) if made.convert else None,
         progress=(lambda done, total: progress("loading", done, total)) if progress else None,
     )

@@ -46,8 +46,18 @@ def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(row["nbytes"] for row in made["predictions"] if row["device"] == "gpu:0") <= 4e9
     assert set(made) == {
         *("model", "format", "convert", "workload", "devices", "embedding", "layers", "head", "kv_type", "block_size"),
-        *("num_blocks", "swap_bytes", "chunk", "max_num_seqs", "max_logit_rows", "predictions", "loading", "speed"),
-        *("experts", "decisions", "counterfactuals", "warnings"),
+        *(
+            "num_blocks",
+            "swap_bytes",
+            "chunk",
+            "micro_rows",
+            "max_num_seqs",
+            "max_logit_rows",
+            "predictions",
+            "loading",
+            "speed",
+        ),
+        *("loading", "speed", "experts", "decisions", "counterfactuals", "warnings"),
     }
 
 

@@ -73,7 +73,8 @@ class Plan:
     block_size: int
     num_blocks: tuple[int, ...]  # per layer group, in the order of `kvcache.group_layers`
     swap_bytes: int
-    chunk: int  # tokens of one step at most (micro-batch)
+    chunk: int  # tokens of one step at most
+    micro_rows: int  # tokens of the parts, at least, in which a step passes through several devices; 0: as a whole
     max_num_seqs: int
     max_logit_rows: int
     predictions: tuple[Prediction, ...]

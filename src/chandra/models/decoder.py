@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from threading import Lock
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from chandra.memory.ledger import Kind, Ledger, Reservation
+from chandra.models.pipeline import MicroBatch, split, wavefront
 from chandra.models.spec import LayerSpec, ModelSpec
 from chandra.ops.contracts import (
     Activation,
@@ -25,6 +27,7 @@ from chandra.ops.contracts import (
 )
 
 FLOAT = 4  # bytes of an activation
+Hidden: TypeAlias = np.ndarray[Any, Any]  # the state between layers, (n, hidden_size), on the host
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,9 @@ class Decoder:
         max_rows: int,
         max_logit_rows: int,
         reservations: Iterable[Reservation],
+        micro_rows: int = 0,
     ) -> None:
-        self.spec, self.backends = spec, backends
+        self.spec, self.backends, self.micro_rows = spec, backends, micro_rows
         self.embedding, self.layers, self.norm, self.head = embedding, tuple(layers), norm, head
         self.max_rows, self.max_logit_rows = max_rows, max_logit_rows
         self._reservations = list(reservations)
@@ -172,6 +176,7 @@ class Decoder:
             self.close()
             raise
         self._segments = self._cut()
+        self._locks = {id(backend): Lock() for backend in backends.distinct()}
 
     def _allocate(self, ledger: Ledger) -> None:
         spec, backends, max_rows = self.spec, self.backends, self.max_rows
@@ -190,33 +195,51 @@ class Decoder:
         rows, logit_rows = len(batch.token_ids), len(batch.logit_rows)
         if rows > self.max_rows or logit_rows > self.max_logit_rows:
             raise ValueError(f"a batch of {rows} rows, {logit_rows} of them wanted, is more than was planned for")
-        source: Backend | None = None
-        for segment in self._segments:
-            if not (logit_rows or segment.layers or segment.embeds):
-                break
-            backend = segment.backend
-            if source is not None:  # the hidden state goes through the host
-                hidden = (self._workspaces[id(b)].hidden[:rows] for b in (source, backend))
-                backend.write(source.download(next(hidden)), next(hidden))
-            tables = {id(t): t for t in (kv.tables(layer.index) for layer in segment.layers)}
-            backend.step(segment, batch, tuple(tables.values()), partial(self._run, segment, batch, kv))
-            source = backend
+        segments = [s for s in self._segments if logit_rows or s.layers or s.embeds]
+        parts = split(batch, kv, self.micro_rows) if self.micro_rows and len(segments) > 1 else []
+        if len(parts) > 1:
+            wavefront([partial(self._pass, segment, segment is segments[-1]) for segment in segments], parts)
+            if logit_rows:
+                self._score(self._workspaces[id(self.backends.head)].hidden[:rows], batch)
+        else:
+            hidden = None
+            for segment in segments:
+                hidden = self._visit(segment, segment is segments[-1], batch, kv, 0, hidden)
         if not logit_rows:
             return np.empty((0, self.spec.vocab_size), np.float32)
         return self.backends.head.download(self._logits(logit_rows))
 
-    def _run(self, segment: Segment, batch: ForwardBatch, kv: KVView) -> None:
-        """The ops of a segment."""
-        spec, backend, rows = self.spec, segment.backend, len(batch.token_ids)
-        workspace = self._workspaces[id(backend)]
-        x = workspace.hidden[:rows]
+    def _pass(self, segment: Segment, last: bool, part: MicroBatch, hidden: Hidden | None) -> Hidden | None:
+        with self._locks[id(segment.backend)]:
+            return self._visit(segment, last, part.batch, part, part.start, hidden)
+
+    def _visit(
+        self, segment: Segment, last: bool, batch: ForwardBatch, kv: KVView, start: int, hidden: Hidden | None
+    ) -> Hidden | None:
+        """Do a segment for a batch, or for one's rows from `start` on. `hidden`: the state that the segment before has
+        left on the host; the result: this one's, unless it is the last."""
+        backend, rows = segment.backend, slice(start, start + len(batch.token_ids))
+        x = self._workspaces[id(backend)].hidden[rows]
+        if hidden is not None:
+            backend.write(hidden, x)
+        tables = {id(t): t for t in (kv.tables(layer.index) for layer in segment.layers)}
+        backend.step((segment, start), batch, tuple(tables.values()), partial(self._run, segment, x, batch, kv))
+        return None if last else backend.download(x)
+
+    def _run(self, segment: Segment, x: Array, batch: ForwardBatch, kv: KVView) -> None:
+        """The ops of a segment on its hidden state."""
+        backend, workspace = segment.backend, self._workspaces[id(segment.backend)]
         if segment.embeds:
-            backend.embed(batch, self.embedding, spec.embedding_scale, x)
+            backend.embed(batch, self.embedding, self.spec.embedding_scale, x)
         for layer, places in zip(segment.layers, segment.places, strict=True):
-            layer.forward(backend, x, workspace.scratch(rows, places), batch, kv)
+            layer.forward(backend, x, workspace.scratch(len(x), places), batch, kv)
         if segment.scores and len(batch.logit_rows):
-            out = self._logits(len(batch.logit_rows))
-            backend.logits(x, batch.logit_rows, self.norm, self.head, spec.logit_scale, spec.logit_softcap, out)
+            self._score(x, batch)
+
+    def _score(self, x: Array, batch: ForwardBatch) -> None:
+        spec, out = self.spec, self._logits(len(batch.logit_rows))
+        rows, scale, softcap = batch.logit_rows, spec.logit_scale, spec.logit_softcap
+        self.backends.head.logits(x, rows, self.norm, self.head, scale, softcap, out)
 
     def _logits(self, rows: int) -> Array:
         """The buffer for rows of logits."""

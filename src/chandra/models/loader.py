@@ -29,10 +29,12 @@ def load_decoder(
     context_length: int,
     max_rows: int,
     max_logit_rows: int,
+    micro_rows: int = 0,
     formats: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoder:
-    """Load a model for contexts of up to `context_length` tokens and batches of up to `max_rows` tokens.
+    """Load a model for contexts of up to `context_length` tokens and batches of up to `max_rows` tokens, which pass
+    through several devices in parts of at least `micro_rows` (0: as a whole).
 
     `formats` names the format for those tensors of the table that are to be converted; `progress` is told the bytes
     done and in all. Raises CheckpointError for tensors that are missing, misshapen or not finite, BudgetExceeded if a
@@ -58,7 +60,7 @@ def load_decoder(
             done += nbytes
             if progress is not None:
                 progress(done, total)
-        return loading.decoder(max_rows, max_logit_rows)
+        return loading.decoder(max_rows, max_logit_rows, micro_rows)
     except BaseException:
         loading.release()
         raise
@@ -140,7 +142,7 @@ class _Loading:
         weight = stored[0] if len(stored) == 1 else concatenate(stored, source.tensor.shape)
         return weight if form.name == weight.format.name else convert(weight, form)
 
-    def decoder(self, max_rows: int, max_logit_rows: int) -> Decoder:
+    def decoder(self, max_rows: int, max_logit_rows: int, micro_rows: int) -> Decoder:
         loaded, backends = self.loaded, self.backends
         return Decoder(
             self.spec,
@@ -153,6 +155,7 @@ class _Loading:
             max_rows,
             max_logit_rows,
             tuple(self.reservations.values()),
+            micro_rows,
         )
 
     def _layer(self, i: int) -> DecoderLayer:

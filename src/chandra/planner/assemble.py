@@ -11,6 +11,7 @@ from chandra.kvcache.swap import swap_slots
 from chandra.memory.device import Device, format_size
 from chandra.memory.ledger import Kind
 from chandra.memory.plan import Part, Placement, Plan, Prediction, Speed
+from chandra.models.pipeline import MOST
 from chandra.planner.candidate import BLOCK_SIZE, HOP, HOST, Candidate
 from chandra.planner.cost import crossover_tokens
 from chandra.planner.planner import Found
@@ -31,7 +32,8 @@ def assemble(found: Found, devices: Sequence[Device], reserve: int) -> Plan:
     groups = group_layers([x.attention for x in candidate.model.spec.layers], [part.device for part in layers])
     num_blocks = tuple(g.max_blocks(w.context, candidate.chunk, BLOCK_SIZE, w.parallel) for g in groups)
     predictions = _predictions(candidate, parts, layers, len(groups))
-    speed = _speed(candidate, layers, experts, head_device)
+    micro_rows = candidate.micro_rows(part.device for part in layers)
+    speed = _speed(candidate, layers, experts, head_device, micro_rows)
     host = next(device for device in devices if device.name == HOST)
     left = host.cap - reserve - sum(p.nbytes for p in predictions if p.device == HOST and p.kind != Kind.LOADING)
     swap = _swap_bytes(candidate, layers, left, speed)
@@ -51,6 +53,7 @@ def assemble(found: Found, devices: Sequence[Device], reserve: int) -> Plan:
         num_blocks=num_blocks,
         swap_bytes=swap,
         chunk=candidate.chunk,
+        micro_rows=micro_rows,
         max_num_seqs=candidate.max_num_seqs,
         max_logit_rows=candidate.max_logit_rows,
         predictions=(*predictions, *([Prediction(HOST, Kind.SWAP, swapped)] if swapped else [])),
@@ -142,20 +145,27 @@ def _predictions(
     return tuple(Prediction(d, k, n) for (d, k), n in sorted(need.items()) if n)
 
 
-def _speed(candidate: Candidate, layers: Sequence[Part], experts: Sequence[Part], head_device: str) -> Speed:
+def _speed(
+    candidate: Candidate, layers: Sequence[Part], experts: Sequence[Part], head_device: str, micro_rows: int
+) -> Speed:
     machine, w = candidate.machine, candidate.workload
     apart = {int(part.name.split(".")[1]) for part in experts}
-    kinds = sorted({(part.placement, part.device, i in apart) for i, part in enumerate(layers)})
     places = [part.device for part in layers] + [head_device]
     hops = sum(a != b for a, b in pairwise(places))
+    stages = [(part.placement, part.device, i in apart) for i, part in enumerate(layers)]
 
     def step(rows: int, sequences: int, context: float) -> float:
-        seconds = candidate.head_step(head_device, sequences) + hops * HOP
-        for placement, device, split in kinds:
-            each = candidate.step_seconds(placement, device, rows, sequences, context, split)
-            here = [(p.placement, p.device, i in apart) == (placement, device, split) for i, p in enumerate(layers)]
-            seconds += float(each[here].sum())
-        return seconds
+        """All stages take a part of the step one after another, the slowest one the others as well."""
+        parts = max(1, min(MOST, rows // micro_rows)) if micro_rows else 1
+        each = {}
+        for placement, device, split in set(stages):
+            batch = rows // parts, -(-sequences // parts), context
+            each[placement, device, split] = candidate.step_seconds(placement, device, *batch, split)
+        of_device: dict[str, float] = defaultdict(float)
+        for i, stage in enumerate(stages):
+            of_device[stage[1]] += float(each[stage][i])
+        seconds = sum(of_device.values()) + (parts - 1) * max(of_device.values())
+        return seconds + candidate.head_step(head_device, sequences) + hops * parts * HOP
 
     chunks, rest = divmod(w.prompt, candidate.chunk)
     first = sum(step(candidate.chunk, 1, (i + 1) * candidate.chunk) for i in range(chunks))

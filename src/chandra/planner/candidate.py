@@ -157,6 +157,16 @@ class Candidate:
             return np.maximum(seconds, self.sizes.packed.layers / link)
         return np.maximum(seconds, self.sizes.packed.layers / self.machine.disk) if placement == "disk" else seconds
 
+    def micro_rows(self, devices: Iterable[str]) -> int:
+        """Rows from which on a step takes each of the devices longer the more rows it has, doubled: parts of a step
+        that are as large gain by passing through the devices one after another. 0 where only one device computes:
+        virtual devices are computed by the CPU, and what is cut from one GPU by that GPU."""
+        used = {HOST if self._on_cpu(device) else device for device in devices}
+        if len({device.split("/")[0] for device in used}) < 2:
+            return 0
+        values = self.sizes.bits_per_weight / 8
+        return 16 * max(1, *(int(2 * self.rate(d).macs * values / self.rate(d).bandwidth / 16) + 1 for d in used))
+
     def request_seconds(self, placement: Placement, device: str, apart: bool = False) -> Floats:
         """Seconds each layer takes for one request (prompt and answer), with `parallel` of them sharing a step."""
         key = (placement, device, apart)
