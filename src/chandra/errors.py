@@ -75,13 +75,14 @@ class DeviceError(ChandraError):
 
 
 class BudgetExceeded(ChandraError):
-    """A reservation over a device's cap. `table` holds the ledger's rows at that moment."""
+    """A reservation over a device's cap. `table` holds the ledger's rows at that moment; `device` and `nbytes` say
+    what was asked for, where that is known."""
 
     exit_code = 3
 
-    def __init__(self, message: str, table: str = "", hint: str = "") -> None:
+    def __init__(self, message: str, table: str = "", hint: str = "", device: str = "", nbytes: int = 0) -> None:
         super().__init__(message, hint)
-        self.table = table
+        self.table, self.device, self.nbytes = table, device, nbytes
 
     def __str__(self) -> str:
         return "\n".join(part for part in (self.message, self.table, self.hint) if part)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from chandra.backends.cpu.backend import CpuBackend
+from chandra.backends.virtual.backend import VirtualBackend
 from chandra.checkpoint.base import TensorInfo
 from chandra.engine import Engine, EngineConfig
 from chandra.kvcache import KVPool, SwapSpace, group_layers
@@ -75,9 +76,15 @@ class Tiny:
     """A model on a backend; `engine` gives it a cache and limits of one's choice."""
 
     def __init__(self, name: str, backend: str, max_rows: int = 256) -> None:
-        device = Device("cpu", "cpu", 1 << 30)
-        self.ledger = Ledger([device])
-        self.backend: Backend = CpuBackend(device) if backend == "cpu" else ReferenceBackend(device)
+        host, device = Device("cpu", "cpu", 1 << 30), Device("virtual:0", "virtual", 1 << 30)
+        self.ledger = Ledger([device, host])
+        makers: dict[str, Callable[[], Backend]] = {
+            "cpu": lambda: CpuBackend(host),
+            "reference": lambda: ReferenceBackend(host),
+            "virtual": lambda: VirtualBackend(device),
+        }
+        self.backend = makers[backend]()
+        self.backends = {"cpu": CpuBackend(host), self.backend.device.name: self.backend}
         config = SHAPE | CONFIGS[name]
         self.spec = spec_from_config(config)
         self.decoder: Decoder = load_decoder(
@@ -101,11 +108,12 @@ class Tiny:
         **config: Any,
     ) -> Engine:
         """`blocks` of each layer group: 0 for as many as all sequences could need. `slots`: of swap space."""
-        groups = group_layers([layer.attention for layer in self.spec.layers])
+        places = [self.backend.device.name] * self.spec.num_layers
+        groups = group_layers([layer.attention for layer in self.spec.layers], places)
         counts = [g.max_blocks(context, chunk, SIZE, seqs) for g in groups]
         if blocks:
             counts = [min(count, blocks) for count in counts]
-        pool = KVPool(groups, counts, SIZE, kv_type, {"cpu": self.backend}, self.ledger)
-        swap = SwapSpace(pool, [slots] * len(groups), {"cpu": self.backend}, self.ledger) if slots else None
+        pool = KVPool(groups, counts, SIZE, kv_type, self.backends, self.ledger)
+        swap = SwapSpace(pool, [slots] * len(groups), self.backends, self.ledger) if slots else None
         limits = EngineConfig(context, seqs, chunk, config.pop("rows", seqs), **config)
         return Engine(self.decoder, pool, limits, VOCAB, eos_ids=(0,), swap=swap)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
 from chandra.kvcache import BlockManager, LayerGroup
 
@@ -172,12 +172,6 @@ class Operations(RuleBasedStateMachine):
     def free(self, seq: int) -> None:
         self.manager.free(seq)
         del self.texts[seq]
-
-    @precondition(lambda self: self.next_id)
-    @rule()
-    def drop_cached(self) -> None:
-        self.manager.drop_cached()
-        assert not any(allocator.cached for allocator in self.manager.allocators)
 
     @invariant()
     def books_are_right(self) -> None:

@@ -56,7 +56,7 @@ class Cache:
 
     def set_limits(self, limits: tuple[int, int]) -> None:
         for group, limit in enumerate(limits):
-            self.pool.resize(group, limit, self.manager.set_limit(group, limit))
+            self.manager.set_limit(self.pool, group, limit)
 
     def fill(self, seq: int, ids: Ids) -> None:
         start = self.manager.allocate(seq, ids)
@@ -237,11 +237,12 @@ class Swapping(RuleBasedStateMachine):
 
     @rule(shares=st.tuples(st.floats(0, 1), st.floats(0, 1)))
     def resize(self, shares: tuple[float, float]) -> None:
-        a, b = (
-            max(1, x.in_use, round(share * x.num_blocks))
-            for x, share in zip(self.manager.allocators, shares, strict=True)
-        )
-        self.cache.set_limits((a, b))
+        for group, share in enumerate(shares):
+            for pool, books in ((self.cache.pool, self.manager), (self.cache.swap.pool, self.cache.swap)):
+                allocator = books.allocators[group]
+                limit = max(1, allocator.in_use, round(share * allocator.num_blocks))
+                if limit <= allocator.num_blocks:
+                    self.manager.set_limit(pool, group, limit)
 
     @invariant()
     def books_are_right(self) -> None:

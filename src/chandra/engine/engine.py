@@ -15,7 +15,7 @@ from chandra.engine.model_runner import Forward, ModelRunner, Sampled
 from chandra.engine.sampler import TokenLogprobs, derive_seed
 from chandra.engine.scheduler import Chunk, Scheduler
 from chandra.engine.sequence import FinishReason, Sequence
-from chandra.errors import ChandraError, ContextOverflow, RequestError, UsageError
+from chandra.errors import BudgetExceeded, ChandraError, ContextOverflow, RequestError, UsageError
 from chandra.kvcache import BlockManager, KVPool, SwapSpace
 
 
@@ -48,6 +48,7 @@ class Counters:
     waiting: int
     cache_usage: float  # share of the fullest layer group's blocks that sequences hold
     finished: dict[FinishReason, int] = field(default_factory=dict)
+    pressure: dict[str, int] = field(default_factory=dict)  # steps taken under memory pressure, by action
 
 
 class Engine:
@@ -71,6 +72,8 @@ class Engine:
         self.eos_ids = frozenset(eos_ids)
         self.context_len = _usable_context(pool, config)
         max_blocks = -(-self.context_len // pool.block_size)
+        self.pool = pool
+        self.pressure_steps: Counter[str] = Counter()
         self.blocks = BlockManager(
             pool.groups, pool.num_blocks, pool.block_size, max_blocks, config.prefix_caching, swap
         )
@@ -112,7 +115,7 @@ class Engine:
 
     def commit(self, chunks: list[Chunk], results: list[Sampled]) -> list[Output]:
         """Write a step's results into the sequences, end those that are done and tell what is new."""
-        outputs = []
+        outputs = [self._give_up(sequence) for sequence in self.scheduler.stuck]
         for (sequence, start, end, _), result in zip(chunks, results, strict=True):
             if result.error is None:  # else its blocks are not fit to be shared
                 sequence.num_computed = end
@@ -156,6 +159,7 @@ class Engine:
             waiting=len(self.scheduler.waiting),
             cache_usage=self.blocks.usage,
             finished=dict(self._finished),
+            pressure=dict(self.pressure_steps),
         )
 
     def _check(self, ids: np.ndarray[tuple[int], np.dtype[np.int64]], params: SamplingParams) -> None:
@@ -189,6 +193,16 @@ class Engine:
         if reason is not None:
             self.finish(sequence.id, reason)
         return output
+
+    def _give_up(self, sequence: Sequence) -> Output:
+        """End a sequence that can no longer go on, though nothing else is in its way."""
+        error = BudgetExceeded(
+            f"a request of {sequence.num_tokens} tokens no longer fits: memory pressure has left the KV cache"
+            f" {min(a.limit for a in self.blocks.allocators)} blocks of {self.blocks.block_size} tokens",
+            hint="free memory and send it again, or send a shorter one",
+        )
+        self.finish(sequence.id, "error")
+        return Output(sequence.id, finish_reason="error", error=error)
 
     def _finish_reason(self, sequence: Sequence, result: Sampled) -> FinishReason | None:
         limit = sequence.params.max_tokens

@@ -36,6 +36,8 @@ class Scheduler:
     def __init__(self, config: EngineConfig, blocks: BlockManager) -> None:
         self.config = config
         self.blocks = blocks
+        self.chunk = config.chunk  # less under memory pressure
+        self.stuck: list[Sequence] = []  # those that do not even fit alone, since the cache was made smaller
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -48,8 +50,8 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The chunks of the next step, at most one per sequence: at most `chunk` tokens, `max_logit_rows` logits."""
-        self._chosen = {}
-        self._tokens_left, self._rows_left = self.config.chunk, self.config.max_logit_rows
+        self._chosen, self.stuck = {}, []
+        self._tokens_left, self._rows_left = self.chunk, self.config.max_logit_rows
         preemptions = self.preemptions
         prefilling = [s for s in self.running if s.num_tokens - s.num_computed > 1]
         for sequence in [s for s in self.running if s.num_tokens - s.num_computed == 1]:
@@ -59,6 +61,14 @@ class Scheduler:
         if preemptions == self.preemptions:
             self._admit()
         return list(self._chosen.values())
+
+    def give_way(self, swap: bool, earliest: bool = False) -> bool:
+        """Preempt the latest arrival that holds blocks, to swap space if `swap`. False if there is none, or only the
+        earliest and that is not to be touched."""
+        if not any(s.id in self.blocks.tables for s in self.waiting) and len(self.running) <= (not earliest):
+            return False
+        self._preempt(self._latest(), swap)
+        return True
 
     def remove(self, sequence: Sequence) -> None:
         """Take a finished or aborted sequence out, whatever its state, and free its blocks."""
@@ -81,7 +91,7 @@ class Scheduler:
             if not swapped and sequence.id not in self.blocks.tables:
                 self._start(sequence)
             # room for the whole of it, and for each running sequence to go on: else it would soon be preempted again
-            room = self.blocks.has_room(sequence.id, sequence.num_tokens, self.config.chunk, len(self.running))
+            room = self.blocks.has_room(sequence.id, sequence.num_tokens, self.chunk, len(self.running))
             if self.running and not room:
                 return
             if swapped:
@@ -116,6 +126,8 @@ class Scheduler:
             return
         while not self.blocks.append(sequence.id, end):
             victim = self._latest()
+            if victim is self.running[0]:
+                self.stuck.append(victim)
             self._preempt(victim)
             if victim is sequence:
                 return
@@ -140,11 +152,11 @@ class Scheduler:
         holding = (s for s in reversed(self.waiting) if s.id in self.blocks.tables)
         return next(holding, self.running[-1])
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, swap: bool = True) -> None:
         if sequence.state is State.WAITING:
             self.blocks.free(sequence.id)
             return
-        if not self.blocks.swap_out(sequence.id, sequence.tokens):
+        if not (swap and self.blocks.swap_out(sequence.id, sequence.tokens)):
             self.blocks.free(sequence.id)
         self.preemptions += 1
         self.running.remove(sequence)

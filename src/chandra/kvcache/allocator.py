@@ -101,15 +101,6 @@ class BlockAllocator:
                 self.hash_of[target], self.block_of[key] = key, target
         return moves
 
-    def drop_cached(self) -> int:
-        """Forget the contents of all unreferenced blocks; how many there were."""
-        dropped = list(self.cached)
-        self.cached.clear()
-        for block in dropped:
-            self._forget(block)
-        self.free += dropped
-        return len(dropped)
-
     def _forget(self, block: int) -> None:
         del self.block_of[self.hash_of.pop(block)]
 

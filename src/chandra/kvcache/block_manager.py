@@ -15,6 +15,7 @@ import numpy as np
 
 from chandra.kvcache.allocator import BlockAllocator
 from chandra.kvcache.layout import LayerGroup
+from chandra.kvcache.pool import KVPool
 from chandra.kvcache.swap import SwapSpace
 from chandra.ops.contracts import IntArray
 
@@ -192,20 +193,24 @@ class BlockManager:
         self.tables[seq_id] = self.swapped.pop(seq_id)
         return True
 
-    def set_limit(self, group: int, limit: int) -> dict[int, int]:
-        """Use only the first `limit` blocks of a group, at least as many as are in use. Returns the moves from block
-        to block that it takes: their contents must be copied before the next step."""
-        moves = self.allocators[group].set_limit(limit)
-        for table in self.tables.values() if moves else ():
+    def set_limit(self, pool: KVPool, group: int, limit: int) -> None:
+        """Use only the first `limit` blocks of a group, at least as many as are in use, and give the memory of the
+        others back; or use more again. `pool`: the cache's memory, or that of the swap space.
+
+        Raises BudgetExceeded, and changes nothing, if the device has no room for more.
+        """
+        swap = self.swap if self.swap is not None and pool is self.swap.pool else None
+        tables, allocators = (self.swapped, swap.allocators) if swap else (self.tables, self.allocators)
+        if limit > allocators[group].limit:
+            pool.resize(group, limit)
+        moves = allocators[group].set_limit(limit)
+        if limit < pool.num_blocks[group]:
+            pool.resize(group, limit, moves)
+        for table in tables.values() if moves else ():
             row = table.rows[group]
             for index in np.flatnonzero(row >= limit):
                 row[index] = moves[int(row[index])]
             table.version += 1
-        return moves
-
-    def drop_cached(self) -> int:
-        """Forget every cached block that no sequence holds; how many there were."""
-        return sum(allocator.drop_cached() for allocator in self.allocators)
 
     def check_integrity(self) -> None:
         """Recompute who holds what. Raises AssertionError where the books are wrong."""

@@ -54,6 +54,10 @@ class KVPool:
         """Bytes that are reserved."""
         return sum(reservation.nbytes for reservation in self._reservations)
 
+    def bytes_of(self, blocks: Mapping[int, int]) -> int:
+        """Bytes of so many blocks of each group."""
+        return sum(count * self.block_bytes[index] for index, count in blocks.items())
+
     def resize(self, index: int, blocks: int, moves: Mapping[int, int] = MappingProxyType({})) -> None:
         """Let group `index` have `blocks` blocks, after `moves` from those beyond them, which are lost.
 
@@ -70,6 +74,7 @@ class KVPool:
                     array[target] = array[source]
             if backend.trim(old.k, blocks) and backend.trim(old.v, blocks):
                 continue
+            backend.forget_steps()
             kept = min(blocks, self.num_blocks[index])
             contents = [backend.download(array[:kept]) for array in (old.k, old.v)]
             del self._layers[layer], old, array  # the memory must be free before new memory is asked for

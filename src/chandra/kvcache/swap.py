@@ -29,8 +29,8 @@ class SwapSpace:
 
     def __init__(self, pool: KVPool, slots: Sequence[int], backends: Mapping[str, Backend], ledger: Ledger) -> None:
         host = [LayerGroup(g.layers, g.num_kv_heads, g.head_dim, g.window) for g in pool.groups]
-        self._pool = pool
-        self._mirror = KVPool(host, slots, pool.block_size, pool.kv_type, backends, ledger, Kind.SWAP)
+        self._cache = pool
+        self.pool = KVPool(host, slots, pool.block_size, pool.kv_type, backends, ledger, Kind.SWAP)
         self._backends = backends
         self.allocators = [BlockAllocator(n) for n in slots]
         self.out_blocks = self.out_bytes = self.in_blocks = self.in_bytes = 0
@@ -44,20 +44,20 @@ class SwapSpace:
             if (key := keys[index]) is not None:
                 allocator.register(slots[index], key)
         self.out_blocks += len(new)
-        self.out_bytes += len(new) * self._pool.block_bytes[group]
+        self.out_bytes += len(new) * self._cache.block_bytes[group]
         return slots
 
     def restore(self, group: int, slots: Sequence[int], blocks: Sequence[int]) -> None:
         """Fill blocks with what slots hold."""
         self._copy(group, blocks, slots, out=False)
         self.in_blocks += len(slots)
-        self.in_bytes += len(slots) * self._pool.block_bytes[group]
+        self.in_bytes += len(slots) * self._cache.block_bytes[group]
 
     def _copy(self, group: int, blocks: Sequence[int], slots: Sequence[int], out: bool) -> None:
-        backend = self._backends[self._pool.groups[group].device]
+        backend = self._backends[self._cache.groups[group].device]
         for block, slot, count in _runs(blocks, slots):
-            for layer in self._pool.groups[group].layers:
-                cache, mirror = self._pool.layer(layer), self._mirror.layer(layer)
+            for layer in self._cache.groups[group].layers:
+                cache, mirror = self._cache.layer(layer), self.pool.layer(layer)
                 for device, host in ((cache.k, mirror.k), (cache.v, mirror.v)):
                     if out:
                         host[slot : slot + count] = backend.download(device[block : block + count])
@@ -66,7 +66,7 @@ class SwapSpace:
 
     def close(self) -> None:
         """Give the memory back."""
-        self._mirror.close()
+        self.pool.close()
 
 
 def _runs(blocks: Sequence[int], slots: Sequence[int]) -> Iterator[tuple[int, int, int]]:

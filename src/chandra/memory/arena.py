@@ -25,6 +25,8 @@ class Arena:
                     f"{self.device.name}: {format_size(nbytes)} more do not fit"
                     f" ({format_size(self.used)} of {format_size(self.device.cap)} in use)",
                     hint="raise the device's budget, or plan with a shorter context or a smaller format",
+                    device=self.device.name,
+                    nbytes=nbytes,
                 )
             self.used += nbytes
             self.peak = max(self.peak, self.used)

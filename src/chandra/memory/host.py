@@ -48,6 +48,12 @@ def give_back(address: int, nbytes: int) -> None:
         raise OSError(ctypes.get_errno(), "madvise")
 
 
+def trim_heap() -> None:
+    """Return what the allocator keeps of freed memory to the system, where the C library can (glibc)."""
+    if hasattr(_libc(), "malloc_trim"):
+        _libc().malloc_trim(0)
+
+
 def usable_cores() -> int:
     """Cores this process may run on: its affinity mask and the cgroups' CPU quota."""
     cores = len(os.sched_getaffinity(0))

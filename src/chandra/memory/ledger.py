@@ -69,13 +69,23 @@ class Ledger:
     def __post_init__(self) -> None:
         self._caps = {device.name: device.cap for device in self.devices}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The devices' names."""
+        return tuple(self._caps)
+
     def reserve(self, device: str, kind: Kind, nbytes: int) -> Reservation:
         """Set bytes aside. Raises BudgetExceeded, with the table, if they would go over the device's cap."""
         self._change(device, kind, nbytes)
         return Reservation(self, device, kind, nbytes)
 
+    def set_cap(self, device: str, nbytes: int) -> None:
+        """Change a device's cap at run time. Below what is reserved, `free` is negative until memory is given back."""
+        with self._lock:
+            self._caps[device] = nbytes
+
     def free(self, device: str) -> int:
-        """Bytes of the device that nothing is reserved for."""
+        """Bytes of the device that nothing is reserved for; negative: so many over its cap."""
         with self._lock:
             return self._caps[device] - self._used(device)
 

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from chandra.errors import BudgetExceeded
 from chandra.memory.ledger import Kind, Ledger, Reservation
 from chandra.models.pipeline import MicroBatch, split, wavefront
 from chandra.models.spec import LayerSpec, ModelSpec
@@ -167,25 +168,49 @@ class Decoder:
     ) -> None:
         self.spec, self.backends, self.micro_rows = spec, backends, micro_rows
         self.embedding, self.layers, self.norm, self.head = embedding, tuple(layers), norm, head
-        self.max_rows, self.max_logit_rows = max_rows, max_logit_rows
+        self.max_logit_rows = max_logit_rows
         self._reservations = list(reservations)
         self._workspaces: dict[int, Workspace] = {}
+        self._workspace_reservations = {
+            backend.device.name: ledger.reserve(backend.device.name, Kind.WORKSPACE, 0)
+            for backend in backends.distinct()
+        }
+        self._reservations += self._workspace_reservations.values()
         try:
-            self._allocate(ledger)
+            self.resize(max_rows)
         except BaseException:
             self.close()
             raise
         self._segments = self._cut()
         self._locks = {id(backend): Lock() for backend in backends.distinct()}
 
-    def _allocate(self, ledger: Ledger) -> None:
-        spec, backends, max_rows = self.spec, self.backends, self.max_rows
-        for backend in backends.distinct():
-            held = [i for i, other in enumerate(backends.layers) if other is backend]
-            logit_rows = self.max_logit_rows if backend is backends.head else 0
-            nbytes = workspace_bytes(spec, held, max_rows, logit_rows)
-            self._reservations.append(ledger.reserve(backend.device.name, Kind.WORKSPACE, nbytes))
-            self._workspaces[id(backend)] = Workspace(backend, nbytes, max_rows, spec.hidden_size)
+    def workspace(self, max_rows: int) -> dict[str, int]:
+        """Bytes of the workspace of each device for batches of up to `max_rows` tokens."""
+        out = {}
+        for backend in self.backends.distinct():
+            held = [i for i, other in enumerate(self.backends.layers) if other is backend]
+            logit_rows = self.max_logit_rows if backend is self.backends.head else 0
+            out[backend.device.name] = workspace_bytes(self.spec, held, max_rows, logit_rows)
+        return out
+
+    def resize(self, max_rows: int) -> None:
+        """Have workspace for batches of up to `max_rows` tokens. Raises BudgetExceeded, and changes nothing, if a
+        device has no room for it."""
+        needed = self.workspace(max_rows)
+        before = {name: reservation.nbytes for name, reservation in self._workspace_reservations.items()}
+        try:
+            for name, nbytes in needed.items():
+                self._workspace_reservations[name].resize(nbytes)
+        except BudgetExceeded:
+            for name, nbytes in before.items():
+                self._workspace_reservations[name].resize(nbytes)
+            raise
+        self._workspaces.clear()  # before new memory is asked for
+        for backend in self.backends.distinct():
+            backend.forget_steps()
+            nbytes = needed[backend.device.name]
+            self._workspaces[id(backend)] = Workspace(backend, nbytes, max_rows, self.spec.hidden_size)
+        self.max_rows = max_rows
 
     def forward(self, batch: ForwardBatch, kv: KVView) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Run one batch: its keys and values are added to the cache; returns the logits of `batch.logit_rows`.

@@ -192,6 +192,9 @@ class Backend(ABC):
         calls that depend on the contents of `batch` and `tables` (all that it uses) and of buffers alone."""
         ops()
 
+    def forget_steps(self) -> None:  # noqa: B027
+        """Drop the records of all steps: buffers that they use have moved or are gone."""
+
     @abstractmethod
     def embed(self, batch: ForwardBatch, table: Weight, scale: float, out: Array) -> None:
         """out `(n, hidden)` = table[token_ids] * scale."""
