@@ -54,7 +54,7 @@ def test_the_cap_holds() -> None:
     kept = backend.empty((MIB // 2,), "uint8")
     used = backend.arena.used
     with pytest.raises(BudgetExceeded, match="do not fit"):
-        backend.empty((MIB // 2,), "uint8")
+        backend.empty((MIB // 2 + 1,), "uint8")
     with pytest.raises(BudgetExceeded, match="do not fit"):
         backend.load_weight(packed("F32", 256, 1024))
     gc.collect()

@@ -6,8 +6,12 @@ import ctypes
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 _MADV_DONTNEED = 4
+CACHE_LINE = 64
 
 
 @cache
@@ -38,6 +42,14 @@ def resident_bytes() -> tuple[int, int]:
         return int(fields.get(name, "0 kB").split()[0]) * 1024
 
     return kib("RssAnon"), kib("RssFile") + kib("RssShmem")
+
+
+def aligned_bytes(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Uninitialized memory that begins at a cache line; its `base` owns it. The system hands out large arrays as zero
+    pages, which cost memory when they are written."""
+    raw = np.empty(nbytes + CACHE_LINE, np.uint8)
+    start = -raw.ctypes.data % CACHE_LINE
+    return raw[start : start + nbytes]
 
 
 def give_back(address: int, nbytes: int) -> None:

@@ -24,6 +24,7 @@ from chandra.quant.base import Format, PackedWeight
 
 Array: TypeAlias = Any  # np.ndarray on the host, torch.Tensor on CUDA; only the backend that made it looks inside
 IntArray: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
+HostBytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "sigmoid"]
 
 
@@ -145,6 +146,21 @@ class KVView(Protocol):
         ...
 
 
+class Fetch(Protocol):
+    """A copy to a device that runs beside computation."""
+
+    def wait(self) -> None:
+        """Ops issued from now on see the bytes. Raises what the copy raised."""
+        ...
+
+
+class Fetched:
+    """A copy that is done."""
+
+    def wait(self) -> None:
+        pass
+
+
 class Backend(ABC):
     """The ops of one device. Every `out` is written in place; inputs are left alone unless said otherwise."""
 
@@ -177,6 +193,31 @@ class Backend(ABC):
     def load_weight(self, weight: PackedWeight, lookup: bool = False) -> Weight:
         """Put a weight where this device's kernels want it, repacked if that gains. `lookup`: only `embed` will read
         it. Raises BudgetExceeded."""
+
+    # weights in memory that exists already, to be streamed
+
+    @abstractmethod
+    def weight_nbytes(self, format: Format, shape: tuple[int, ...]) -> int:
+        """Bytes of a weight in this device's layout, a multiple of 64."""
+
+    @abstractmethod
+    def pack_weight(self, weight: PackedWeight, out: HostBytes) -> None:
+        """Write a weight in this device's layout to host memory of `weight_nbytes` bytes, aligned to 64. Takes no
+        memory of the device."""
+
+    @abstractmethod
+    def bind_weight(self, format: Format, shape: tuple[int, ...], memory: Array) -> Weight:
+        """A weight over device bytes (uint8, aligned to 64) that hold this layout when an op reads them. Copies nothing
+        and keeps `memory` alive."""
+
+    @abstractmethod
+    def host_buffer(self, nbytes: int) -> HostBytes:
+        """Host memory from which copies to this device are fast, aligned to 64."""
+
+    @abstractmethod
+    def fetch(self, host: HostBytes, out: Array) -> Fetch:
+        """Begin to copy host bytes into device bytes of the same size. Ops issued before are done with `out` before it
+        is overwritten; the host bytes must not change until `Fetch.wait` has returned."""
 
     # ops
 

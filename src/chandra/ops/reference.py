@@ -11,13 +11,17 @@ import numpy as np
 
 from chandra.lazy import torch
 from chandra.memory.device import Device
+from chandra.memory.host import CACHE_LINE, aligned_bytes
 from chandra.ops.contracts import (
     Activation,
     Array,
     AttentionParams,
     Backend,
     Experts,
+    Fetch,
+    Fetched,
     ForwardBatch,
+    HostBytes,
     IntArray,
     KVLayer,
     KVTables,
@@ -26,8 +30,8 @@ from chandra.ops.contracts import (
     RopeParams,
     Weight,
 )
-from chandra.quant import PackedWeight, get_format
-from chandra.quant.base import spans
+from chandra.quant import Format, PackedWeight, get_format
+from chandra.quant.base import Part, spans
 
 TILE = 1 << 20  # weight values unpacked at once
 
@@ -55,6 +59,23 @@ class ReferenceBackend(Backend):
 
     def load_weight(self, weight: PackedWeight, lookup: bool = False) -> Weight:  # noqa: ARG002 (all the same here)
         return Weight(weight.format, weight.shape, weight.nbytes, weight.tensors())
+
+    def weight_nbytes(self, format: Format, shape: tuple[int, ...]) -> int:
+        return sum(_whole_lines(part) for part in format.parts(shape))
+
+    def pack_weight(self, weight: PackedWeight, out: HostBytes) -> None:
+        for name, part in _parts_in(weight.format, weight.shape, out).items():
+            part[...] = weight.parts[name]
+
+    def bind_weight(self, format: Format, shape: tuple[int, ...], memory: Array) -> Weight:
+        return self.load_weight(PackedWeight(format, shape, _parts_in(format, shape, memory)))
+
+    def host_buffer(self, nbytes: int) -> HostBytes:
+        return aligned_bytes(nbytes)
+
+    def fetch(self, host: HostBytes, out: Array) -> Fetch:
+        out[...] = host
+        return Fetched()
 
     def embed(self, batch: ForwardBatch, table: Weight, scale: float, out: Array) -> None:
         for row, token in enumerate(batch.token_ids.tolist()):
@@ -126,6 +147,19 @@ class ReferenceBackend(Backend):
         y = normed(tensor(x)[torch.from_numpy(rows.astype(np.int64))].double(), norm)
         scores = applied(y, head) * scale
         tensor(out).copy_(scores if softcap is None else softcap * torch.tanh(scores / softcap))
+
+
+def _whole_lines(part: Part) -> int:
+    return -(-part.nbytes // CACHE_LINE) * CACHE_LINE
+
+
+def _parts_in(form: Format, shape: tuple[int, ...], memory: HostBytes) -> dict[str, np.ndarray[Any, Any]]:
+    """The stored parts of a weight as views of memory, one after another."""
+    parts, start = {}, 0
+    for part in form.parts(shape):
+        parts[part.name] = memory[start : start + part.nbytes].view(part.dtype).reshape(part.shape)
+        start += _whole_lines(part)
+    return parts
 
 
 def unpack(weight: Weight, start: int, stop: int) -> torch.Tensor:

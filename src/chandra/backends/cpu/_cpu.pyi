@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, overload
 
 from numpy.typing import NDArray
 
@@ -51,9 +51,12 @@ def attention_scratch_bytes(
 ) -> int: ...
 
 class Weight:
+    @overload
     def __init__(
         self, format: str, shape: tuple[int, ...], parts: dict[str, NDArray[Any]], repack: bool = True
     ) -> None: ...
+    @overload
+    def __init__(self, format: str, shape: tuple[int, ...], panels: NDArray[Any]) -> None: ...
     @property
     def nbytes(self) -> int: ...
     @property
@@ -64,6 +67,7 @@ class Weight:
     def shape(self) -> tuple[int, ...]: ...
 
 def repacked_nbytes(format: str, shape: tuple[int, ...]) -> int: ...
+def pack_weight(format: str, shape: tuple[int, ...], parts: dict[str, NDArray[Any]], out: NDArray[Any]) -> None: ...
 def embed(ids: NDArray[Any], table: Weight, scale: float, out: NDArray[Any]) -> None: ...
 def norm_linear(
     x: NDArray[Any], norm: Norm | None, linears: tuple[Linear, ...], outs: tuple[NDArray[Any], ...]

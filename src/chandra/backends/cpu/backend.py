@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from chandra.backends.cpu import _cpu
-from chandra.backends.cpu.kernels import make_weight
+from chandra.backends.cpu.kernels import make_weight, pack_panels, panel_format
 from chandra.errors import UsageError
 from chandra.memory.device import Device
-from chandra.memory.host import give_back
+from chandra.memory.host import aligned_bytes, give_back
 from chandra.ops import registry
 from chandra.ops.contracts import (
     Activation,
@@ -19,7 +19,10 @@ from chandra.ops.contracts import (
     AttentionParams,
     Backend,
     Experts,
+    Fetch,
+    Fetched,
     ForwardBatch,
+    HostBytes,
     IntArray,
     KVLayer,
     KVTables,
@@ -28,9 +31,7 @@ from chandra.ops.contracts import (
     RopeParams,
     Weight,
 )
-from chandra.quant.base import PackedWeight
-
-_ALIGNMENT = 64
+from chandra.quant.base import Format, PackedWeight
 
 
 class CpuBackend(Backend):
@@ -54,15 +55,11 @@ class CpuBackend(Backend):
         self._ropes: list[tuple[RopeParams, _cpu.Rope]] = []
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """Aligned to cache lines. The system hands out large arrays as zero pages, which cost memory when written."""
         kind = np.dtype(dtype)
-        nbytes = math.prod(shape) * kind.itemsize
-        raw = self._allocate(nbytes + _ALIGNMENT)
-        start = -raw.ctypes.data % _ALIGNMENT
-        return raw[start : start + nbytes].view(kind).reshape(shape)
+        return self._allocate(math.prod(shape) * kind.itemsize).view(kind).reshape(shape)
 
-    def _allocate(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        return np.empty(nbytes, np.uint8)
+    def _allocate(self, nbytes: int) -> HostBytes:
+        return aligned_bytes(nbytes)
 
     def upload(self, host: np.ndarray[Any, Any]) -> Array:
         return host
@@ -81,6 +78,22 @@ class CpuBackend(Backend):
         kernel = registry.find("linear", weight.format.name, "cpu", weight.shape)
         handle = make_weight(weight, kernel, repack=not lookup)
         return Weight(weight.format, weight.shape, handle.nbytes, handle)
+
+    def weight_nbytes(self, format: Format, shape: tuple[int, ...]) -> int:
+        return _cpu.repacked_nbytes(panel_format(format, shape), shape)
+
+    def pack_weight(self, weight: PackedWeight, out: HostBytes) -> None:
+        pack_panels(weight, out)
+
+    def bind_weight(self, format: Format, shape: tuple[int, ...], memory: Array) -> Weight:
+        return Weight(format, shape, memory.nbytes, _cpu.Weight(panel_format(format, shape), shape, memory))
+
+    def host_buffer(self, nbytes: int) -> HostBytes:
+        return aligned_bytes(nbytes)
+
+    def fetch(self, host: HostBytes, out: Array) -> Fetch:
+        out[...] = host
+        return Fetched()
 
     def embed(self, batch: ForwardBatch, table: Weight, scale: float, out: Array) -> None:
         _cpu.embed(batch.token_ids, table.handle, scale, out)

@@ -15,6 +15,19 @@ from chandra.quant.base import PackedWeight
 PANELS, UNPACKED = "panels", "unpacked to F32"
 
 
+def panel_format(form: Format, shape: tuple[int, ...]) -> str:
+    """The format whose panels hold a weight: its own, or F32 where that has none."""
+    return "F32" if registry.find("linear", form.name, "cpu", shape).name == UNPACKED else form.name
+
+
+def pack_panels(weight: PackedWeight, out: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    """Write the weight's panels to memory aligned to 64."""
+    form, parts = panel_format(weight.format, weight.shape), dict(weight.parts)
+    if form != weight.format.name:
+        parts = {"data": weight.unpack().numpy().view(np.uint8)}
+    _cpu.pack_weight(form, weight.shape, parts, out)
+
+
 def make_weight(weight: PackedWeight, kernel: Kernel, repack: bool) -> _cpu.Weight:
     """The weight as its kernel wants it: in memory of its own, or (not `repack`) where it is if that can be."""
     if kernel.name == UNPACKED:

@@ -5,11 +5,13 @@ Every path for several devices can be run and tested on any machine with it.
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,9 @@ from chandra.ops.contracts import (
     Array,
     AttentionParams,
     Experts,
+    Fetch,
     ForwardBatch,
+    HostBytes,
     IntArray,
     KVLayer,
     KVTables,
@@ -41,17 +45,34 @@ class _Pace:
     def __init__(self, rate: float | None) -> None:
         self._rate = rate
         self._due = 0.0
+        self._lock = threading.Lock()
 
     @contextmanager
-    def over(self, nbytes: int) -> Iterator[None]:
-        """Work on `nbytes` happens within."""
-        began = time.perf_counter()
+    def over(self, nbytes: int, began: float | None = None) -> Iterator[None]:
+        """Work on `nbytes` happens within; it was asked for at `began` of the performance counter, or now."""
+        began = time.perf_counter() if began is None else began
         yield
         if self._rate is not None:
-            self._due = max(self._due, began) + nbytes / self._rate
-            ahead = self._due - time.perf_counter()
+            with self._lock:
+                self._due = due = max(self._due, began) + nbytes / self._rate
+            ahead = due - time.perf_counter()
             if ahead > _SHORTEST_WAIT:
                 time.sleep(ahead)
+
+
+@dataclass(frozen=True)
+class _Fetch:
+    """A copy in the thread that stands for the device's copy engine."""
+
+    copy: Future[None]
+
+    def wait(self) -> None:
+        self.copy.result()
+
+
+def _copy(link: _Pace, host: HostBytes, out: Array, began: float) -> None:
+    with link.over(host.nbytes, began):
+        out[...] = host
 
 
 class VirtualBackend(CpuBackend):
@@ -65,12 +86,13 @@ class VirtualBackend(CpuBackend):
         super().__init__(device, threads, isa)
         self.arena = Arena(device)
         self._link, self._memory = _Pace(device.link), _Pace(device.bandwidth)
+        self._copies = ThreadPoolExecutor(1)  # the thread ends with this backend
 
-    def _allocate(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def _allocate(self, nbytes: int) -> HostBytes:
         self.arena.take(nbytes)
-        raw = super()._allocate(nbytes)
-        weakref.finalize(raw, self.arena.take, -nbytes)
-        return raw
+        array = super()._allocate(nbytes)
+        weakref.finalize(array.base, self.arena.take, -nbytes)
+        return array
 
     def upload(self, host: np.ndarray[Any, Any]) -> Array:
         array = self.empty(host.shape, host.dtype.name)
@@ -103,6 +125,9 @@ class VirtualBackend(CpuBackend):
             raise
         weakref.finalize(loaded, self.arena.take, -loaded.nbytes)
         return loaded
+
+    def fetch(self, host: HostBytes, out: Array) -> Fetch:
+        return _Fetch(self._copies.submit(_copy, self._link, host, out, time.perf_counter()))
 
     def embed(self, batch: ForwardBatch, table: Weight, scale: float, out: Array) -> None:
         with self._memory.over(out.nbytes):

@@ -70,7 +70,28 @@ Source read_source(const std::string& format, const Shape& s, const nb::dict& pa
   return source;
 }
 
-// The weight and, where it is read in place, the arrays it reads.
+// The bytes of a uint8 array that is to hold the panels of a weight.
+uint8_t* read_panels(nb::handle array, int64_t bytes) {
+  const Array memory(array);
+  uint8_t* data = memory.as<uint8_t>(bytes);
+  if (reinterpret_cast<uintptr_t>(data) % 64) throw std::invalid_argument("panels begin at multiples of 64 bytes");
+  return data;
+}
+
+int64_t repacked_nbytes(const std::string& format, const nb::tuple& shape) {
+  const Shape s = read_shape(shape);
+  return Weight::repacked_bytes(Weight::layout_of(format, s.columns), s.experts, s.rows, s.columns);
+}
+
+void bind_pack_weight(const std::string& format, const nb::tuple& shape, const nb::dict& parts, nb::handle out) {
+  const Shape s = read_shape(shape);
+  const Source source = read_source(format, s, parts);
+  uint8_t* to = read_panels(out, repacked_nbytes(format, shape));
+  nb::gil_scoped_release release;
+  Weight::pack(source, s.experts, s.rows, to, false);
+}
+
+// The weight and the arrays it reads: the stored parts, or panels in memory of others.
 struct Handle {
   Handle(const std::string& format, const nb::tuple& shape, const nb::dict& parts, bool repack)
       : Handle(read_source(format, read_shape(shape), parts), format, shape, parts, repack) {}
@@ -85,6 +106,13 @@ struct Handle {
       weight = std::make_unique<Weight>(source, s.experts, s.rows, repack && !grows);
     }
     if (weight->in_place()) kept = parts;
+  }
+
+  Handle(const std::string& format, const nb::tuple& shape, nb::handle panels)
+      : shape(shape), kept(nb::borrow(panels)), format(format) {
+    const Shape s = read_shape(shape);
+    weight = std::make_unique<Weight>(Weight::layout_of(format, s.columns), s.experts, s.rows, s.columns,
+                                      read_panels(panels, repacked_nbytes(format, shape)));
   }
 
   int64_t nbytes() const {
@@ -278,14 +306,18 @@ void register_linear(nb::module_& m) {
            nb::arg("shape"), nb::arg("parts"), nb::arg("repack") = true,
            "`parts` are numpy arrays as `Format.parts(shape)` describes them; they are kept only if `repack` is false. "
            "Raises ValueError if they do not fit or the CPU has no kernel for the format.")
+      .def(nb::init<const std::string&, const nb::tuple&, nb::handle>(), nb::arg("format"), nb::arg("shape"),
+           nb::arg("panels"),
+           "Over `panels`, a uint8 array of repacked_nbytes() aligned to 64 that pack_weight fills or has filled; it is "
+           "kept. Raises ValueError.")
       .def_prop_ro("nbytes", &Handle::nbytes, "Bytes of the panels, or of the parts if they are read in place.")
       .def_prop_ro("in_place", [](const Handle& h) { return h.weight->in_place(); }, "Whether the parts are still read.")
       .def_prop_ro("kernel", &Handle::kernel, "What computes with it.")
       .def_prop_ro("shape", [](const Handle& h) { return h.shape; });
-  m.def("repacked_nbytes", [](const std::string& format, const nb::tuple& shape) {
-    const Shape s = read_shape(shape);
-    return Weight::repacked_bytes(Weight::layout_of(format, s.columns), s.experts, s.rows, s.columns);
-  }, nb::arg("format"), nb::arg("shape"), "Bytes a weight takes once it is repacked.");
+  m.def("repacked_nbytes", &repacked_nbytes, nb::arg("format"), nb::arg("shape"),
+        "Bytes a weight takes once it is repacked.");
+  m.def("pack_weight", &bind_pack_weight, nb::arg("format"), nb::arg("shape"), nb::arg("parts"), nb::arg("out"),
+        "Repacks into `out`, a uint8 array of repacked_nbytes() aligned to 64.");
   m.def("embed", &bind_embed, nb::arg("ids"), nb::arg("table"), nb::arg("scale"), nb::arg("out"));
   m.def("norm_linear", &bind_norm_linear, nb::arg("x"), nb::arg("norm").none(), nb::arg("linears"), nb::arg("outs"));
   m.def("gate_up", &bind_gate_up, nb::arg("x"), nb::arg("norm").none(), nb::arg("gate").none(), nb::arg("up"),

@@ -19,6 +19,11 @@ namespace {
 
 thread_local Buffer panel_scratch;
 
+void pack_panel(const Source& source, int64_t rows, int64_t expert, int64_t index, uint8_t* out) {
+  const int64_t first = index * kPanelRows;
+  pack_rows(source, expert * rows + first, std::min<int64_t>(kPanelRows, rows - first), 0, out);
+}
+
 constexpr std::array<std::pair<std::string_view, Layout>, 22> kFormats{{
     {"F32", Layout::f32}, {"F16", Layout::f16}, {"BF16", Layout::bf16}, {"nf4", Layout::nf4},
     {"nf4-dq", Layout::nf4}, {"Q4_0", Layout::q4_0}, {"Q4_1", Layout::q4_1}, {"Q5_0", Layout::q5_0},
@@ -67,6 +72,17 @@ int64_t Weight::repacked_bytes(Layout layout, int64_t experts, int64_t rows, int
   return experts * ((rows + kPanelRows - 1) / kPanelRows) * panel_bytes(layout, columns);
 }
 
+void Weight::pack(const Source& source, int64_t experts, int64_t rows, uint8_t* out, bool zeroed) {
+  const int64_t bytes = panel_bytes(source.layout, source.columns), panels = (rows + kPanelRows - 1) / kPanelRows;
+  const int64_t all = experts * panels, chunk = std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, bytes));
+  Pool::shared().run((all + chunk - 1) / chunk, [&](int64_t task, int) {
+    for (int64_t p = task * chunk; p < std::min(all, (task + 1) * chunk); ++p) {
+      if (!zeroed) std::memset(out + p * bytes, 0, static_cast<size_t>(bytes));
+      pack_panel(source, rows, p / panels, p % panels, out + p * bytes);
+    }
+  });
+}
+
 Weight::Weight(const Source& source, int64_t experts, int64_t rows, bool repack)
     : source_(source), experts_(experts), rows_(rows) {
   const PanelSize size = panel_size(layout());
@@ -74,24 +90,20 @@ Weight::Weight(const Source& source, int64_t experts, int64_t rows, bool repack)
   panel_bytes_ = panel_bytes(layout(), columns());
   if (!repack || experts * rows == 0 || blocks_ == 0) return;
   panels_ = allocate_panels(static_cast<size_t>(repacked_bytes(layout(), experts, rows, columns())));
-  const int64_t all = experts * panels(), chunk = std::max<int64_t>(1, (1 << 18) / panel_bytes_);
-  Pool::shared().run((all + chunk - 1) / chunk, [&](int64_t task, int) {
-    for (int64_t p = task * chunk; p < std::min(all, (task + 1) * chunk); ++p)
-      pack_panel(p / panels(), p % panels(), panels_.get() + p * panel_bytes_);
-  });
+  pack(source, experts, rows, panels_.get(), true);
   source_ = Source{.layout = source.layout, .rows = source.rows, .columns = source.columns};
 }
 
-void Weight::pack_panel(int64_t expert, int64_t index, uint8_t* out) const {
-  const int64_t first = index * kPanelRows;
-  pack_rows(source_, expert * rows_ + first, std::min<int64_t>(kPanelRows, rows_ - first), 0, out);
+Weight::Weight(Layout layout, int64_t experts, int64_t rows, int64_t columns, uint8_t* panels)
+    : Weight(Source{.layout = layout, .rows = experts * rows, .columns = columns}, experts, rows, false) {
+  panels_ = std::shared_ptr<uint8_t>(panels, [](uint8_t*) {});
 }
 
 const uint8_t* Weight::panel(int64_t expert, int64_t index) const {
   if (panels_) return panels_.get() + (expert * panels() + index) * panel_bytes_;
   uint8_t* out = panel_scratch.reserve<uint8_t>(panel_bytes_);
   if ((index + 1) * kPanelRows > rows_) std::memset(out, 0, static_cast<size_t>(panel_bytes_));
-  pack_panel(expert, index, out);
+  pack_panel(source_, rows_, expert, index, out);
   return out;
 }
 

@@ -1,4 +1,4 @@
-// A weight as the CPU kernels see it: panels, made once when it is loaded or anew in every call.
+// A weight as the CPU kernels see it: panels, made once when it is loaded or anew in every call, or brought by others.
 #pragma once
 
 #include <cstdint>
@@ -38,8 +38,13 @@ class Weight {
   // Bytes of all panels.
   static int64_t repacked_bytes(Layout layout, int64_t experts, int64_t rows, int64_t columns);
 
+  // Writes all panels of a source to memory that `zeroed` says to hold zeros already.
+  static void pack(const Source& source, int64_t experts, int64_t rows, uint8_t* out, bool zeroed);
+
   // Rows of `source` are experts * rows. With `repack` the panels are made now and the source is not needed any more.
   Weight(const Source& source, int64_t experts, int64_t rows, bool repack);
+  // Over repacked_bytes() of memory of the caller's that will hold panels when the weight is used.
+  Weight(Layout layout, int64_t experts, int64_t rows, int64_t columns, uint8_t* panels);
   Weight(const Weight&) = delete;
   Weight& operator=(const Weight&) = delete;
 
@@ -58,8 +63,6 @@ class Weight {
   void unpack_row(int64_t row, float* out) const;
 
  private:
-  void pack_panel(int64_t expert, int64_t index, uint8_t* out) const;
-
   Source source_;
   int64_t experts_, rows_, blocks_, panel_bytes_;
   std::shared_ptr<uint8_t> panels_;
