@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from chandra.config import SamplingParams, Settings
-from chandra.engine import Engine, Output, TokenLogprobs
+from chandra.engine import Engine, Output, Step, TokenLogprobs
 from chandra.errors import RequestError
 from chandra.memory.plan import Plan
 from chandra.memory.running import MemoryRow
@@ -153,6 +153,10 @@ class LLM:
         """Predicted against actual bytes, per device and kind, with high-water marks."""
         return self._runtime.memory()
 
+    def pressure(self) -> tuple[Step, ...]:
+        """The last steps taken under memory pressure, and back."""
+        return tuple(self._runtime.pressure.steps)
+
     def close(self) -> None:
         self._runtime.close()
 
@@ -214,7 +218,7 @@ class LLM:
         answers = {s: self._answer(i, params, continues) for i, s in enumerate(seq_ids)}
         try:
             while answers:
-                for news in self._step():
+                for news in self._runtime.step():
                     answer = answers[news.seq_id]
                     text = self._take(answer, news)
                     out = answer.output
@@ -252,7 +256,7 @@ class LLM:
                         result.outputs.append(answer.output)
                         answers[seq_id] = (result, answer)
                 while answers:
-                    for news in self._step():
+                    for news in self._runtime.step():
                         result, answer = answers[news.seq_id]
                         self._take(answer, news)
                         if news.prompt_logprobs is not None:
@@ -265,10 +269,6 @@ class LLM:
                 for seq_id in answers:
                     self.engine.abort(seq_id)
         return results
-
-    def _step(self) -> list[Output]:
-        self._runtime.tell()
-        return self.engine.step()
 
     def _answer(self, index: int, params: SamplingParams, continues: bool) -> _Answer:
         return _Answer(self.tokenizer, params, CompletionOutput(index), continues)

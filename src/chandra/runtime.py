@@ -12,9 +12,10 @@ from pathlib import Path
 from chandra.backends import make_backend
 from chandra.checkpoint import Checkpoint, open_checkpoint
 from chandra.config import Settings
-from chandra.engine import Engine, EngineConfig
+from chandra.engine import Engine, EngineConfig, Output, Pressure
+from chandra.errors import BudgetExceeded
 from chandra.kvcache import KVPool, SwapSpace, group_layers, swap_slots
-from chandra.memory.host import resident_bytes
+from chandra.memory.host import memory_available, resident_bytes
 from chandra.memory.ledger import Kind, Ledger
 from chandra.memory.plan import Plan
 from chandra.memory.running import MemoryRow, Running, StateFile, began
@@ -22,9 +23,13 @@ from chandra.models import Backends, Decoder, ModelSpec, load_decoder, read_spec
 from chandra.ops.contracts import Backend
 from chandra.planner import PlanRequest, discover, plan, plannable, tensor_formats
 from chandra.planner.kernels import CpuKernels, Limits, host_workspace
+from chandra.planner.request import HOST_MARGIN
 from chandra.store import Progress, Store, StoredModel
 from chandra.text import Tokenizer, load_tokenizer
 from chandra.text.template import ChatTemplate, has_template
+
+# Share of the host's free memory below which there is pressure. A plan leaves three times as much alone.
+PRESSURE_MARGIN = HOST_MARGIN / 3
 
 
 @dataclass(eq=False)
@@ -41,6 +46,7 @@ class Runtime:
     engine: Engine
     decoder: Decoder
     pool: KVPool
+    pressure: Pressure
     load_seconds: float
     resources: ExitStack
     state: StateFile
@@ -86,7 +92,20 @@ class Runtime:
             sequences=counters.running + counters.waiting,
             tokens=counters.generated_tokens,
             rows=self.memory(),
+            pressure=tuple(map(str, self.pressure.steps)),
         )
+
+    def step(self) -> list[Output]:
+        """Compute one batch, after giving way where memory has become short. A device that runs out of memory in the
+        middle gets what it asked for, and the batch is computed again."""
+        self.pressure.poll()
+        self.tell()
+        try:
+            return self.engine.step()
+        except BudgetExceeded as error:
+            if not error.device or not self.pressure.relieve(error.device, error.nbytes, last_resort=True):
+                raise
+            return self.engine.step()
 
     def close(self) -> None:
         """Give everything back; doing so twice is harmless."""
@@ -104,6 +123,7 @@ def load(
 ) -> Runtime:
     """Find, plan and load a model. Raises what these steps raise; nothing stays reserved then."""
     started = time.monotonic()
+    margin = int(PRESSURE_MARGIN * memory_available())
     store = Store(settings.home, settings.registry)
     stored = model if isinstance(model, StoredModel) else store.get(str(model), progress=progress)
     with ExitStack() as resources:
@@ -144,6 +164,7 @@ def load(
             engine=engine,
             decoder=decoder,
             pool=pool,
+            pressure=Pressure(engine, decoder, ledger, margin),
             load_seconds=time.monotonic() - started,
             resources=resources.pop_all(),
             state=state,

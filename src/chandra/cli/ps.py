@@ -36,7 +36,8 @@ def _ps(arguments: argparse.Namespace) -> int:
         f"{'PID':>8} {'MODEL':<24} {'FORMAT':<8} {'CONTEXT':>10} {'SEQUENCES':>9} {'TOKENS':>9}  {'LOADED':<10} MEMORY"
     )
     for state in found:
-        print(_line(state))
+        told = [f"{'':>9}memory pressure: {step}" for step in state.pressure]
+        print(_line(state), *(told if arguments.verbose else told[-1:]), sep="\n")
         if arguments.verbose:
             print(memory_table(state.rows), end="\n\n")
     return 0

@@ -108,3 +108,5 @@ def print_stats(stats: Stats | None, llm: LLM) -> None:
     for name, value in rows:
         print(f"{name + ':':<22}{value}", file=sys.stderr)
     print(memory_table(llm.memory()), file=sys.stderr)
+    for step in llm.pressure():
+        print(f"memory pressure: {step}", file=sys.stderr)

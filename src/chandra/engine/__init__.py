@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from chandra.engine.config import EngineConfig
 from chandra.engine.engine import Counters, Engine, Output
+from chandra.engine.pressure import Pressure, Step
 from chandra.engine.sampler import TokenLogprobs
 from chandra.engine.sequence import FinishReason
 
-__all__ = ["Counters", "Engine", "EngineConfig", "FinishReason", "Output", "TokenLogprobs"]
+__all__ = ["Counters", "Engine", "EngineConfig", "FinishReason", "Output", "Pressure", "Step", "TokenLogprobs"]

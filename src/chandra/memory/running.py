@@ -31,7 +31,8 @@ class MemoryRow:
 @dataclass(frozen=True)
 class Running:
     """A loaded model. `began`: of its process, in clock ticks since boot, which tells it from a later one of the same
-    id; `loaded`, `updated`: Unix time; `sequences`: running and waiting now; `tokens`: generated so far."""
+    id; `loaded`, `updated`: Unix time; `sequences`: running and waiting now; `tokens`: generated so far; `pressure`:
+    the last steps taken under memory pressure, and back, in words."""
 
     pid: int
     began: int
@@ -44,6 +45,7 @@ class Running:
     sequences: int
     tokens: int
     rows: tuple[MemoryRow, ...]
+    pressure: tuple[str, ...] = ()
 
 
 class StateFile:
@@ -85,7 +87,7 @@ def running(home: Path) -> tuple[Running, ...]:
         with suppress(OSError, ValueError, KeyError, TypeError):
             fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             rows = tuple(MemoryRow(**row) for row in fields.pop("rows"))
-            state = Running(**fields, rows=rows)
+            state = Running(**fields | {"rows": rows, "pressure": tuple(fields["pressure"])})
             if began(state.pid) == state.began:
                 found.append(state)
                 continue

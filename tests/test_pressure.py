@@ -1,0 +1,107 @@
+"""Memory that vanishes in the middle of 8 requests: all end with the right text, and what was done is told."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from chandra import LLM
+from chandra.memory.host import _cgroup_folders
+from pressure_worker import MARGIN, MIB, add, finish
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def model(model_file: Callable[[str], Path]) -> Path:
+    return model_file("smollm2:135m")
+
+
+@pytest.mark.parametrize("device", ["cpu", "virtual:0"])
+def test_a_cap_lowered_in_the_middle_is_kept(model: Path, device: str, caplog: pytest.LogCaptureFixture) -> None:
+    options = {} if device == "cpu" else {"device": "virtual:200MiB"}
+    with LLM(model, ctx=256, parallel=8, **options) as llm:
+        undisturbed = add(llm)
+        finish(llm, undisturbed)
+        disturbed = add(llm)
+        finish(llm, disturbed, 10)
+        ledger, pool = llm.runtime.ledger, llm.runtime.pool
+        held = sum(a.in_use for a in llm.engine.blocks.allocators)
+        full, keep = pool.nbytes, held // 2 * pool.block_bytes[0]
+        cap = llm.plan.device(device).cap
+        reserved = cap - ledger.free(device)
+        with caplog.at_level(logging.WARNING, "chandra"):
+            ledger.set_cap(device, reserved - full + keep)
+            finish(llm, disturbed)
+        assert list(disturbed.values()) == list(undisturbed.values())
+        counters = llm.engine.counters()
+        assert counters.preemptions > 0
+        assert (counters.swapped_in_bytes > 0) == (device != "cpu")
+        assert [step.action for step in llm.pressure()] == ["cache", "spill"]
+        assert len(caplog.records) == 2
+        row = next(row for row in llm.memory() if (row.device, row.kind) == (device, "kv"))
+        assert row.actual <= keep < row.predicted == full
+        ledger.set_cap(device, cap)
+        llm.runtime.pressure.patience = llm.runtime.pressure._next = 0.0
+        llm.runtime.step()
+        assert pool.nbytes == full
+        again = add(llm)
+        finish(llm, again)
+        assert list(again.values()) == list(undisturbed.values())
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A cgroup of our own with a limit of 600 MiB, below the one this process is in."""
+    for parent in _cgroup_folders("memory")[:1]:
+        folder = parent / f"chandra-test-{os.getpid()}"
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        limit = next((folder / n for n in ("memory.max", "memory.limit_in_bytes") if (folder / n).exists()), None)
+        try:
+            if limit is not None:
+                limit.write_text(str(600 * MIB))
+                yield folder
+                return
+        finally:
+            folder.rmdir()
+    pytest.skip("no cgroup with a memory limit can be made here")
+
+
+def check(report: dict[str, object]) -> None:
+    full, shrunk, again = report["pool"]  # type: ignore[misc]
+    assert report["same"]
+    assert report["steps"]
+    assert report["counters"]
+    assert shrunk < full == again
+    assert report["available"] >= MARGIN  # type: ignore[operator]
+    assert report["given"] > MARGIN  # type: ignore[operator]
+    assert not report["reduced"]
+
+
+def worker(*command: str) -> dict[str, object]:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+SCRIPT = [sys.executable, str(Path(__file__).parent / "pressure_worker.py")]
+
+
+def test_a_balloon_in_the_same_cgroup(model: Path, cgroup: Path) -> None:
+    enter = f'echo $$ > "{cgroup}/cgroup.procs" && exec "$@"'
+    check(worker("sh", "-c", enter, "sh", *SCRIPT, str(model), "real"))
+
+
+def test_a_balloon_whose_bytes_are_counted(model: Path) -> None:
+    check(worker(*SCRIPT, str(model), "injected"))
