@@ -45,6 +45,7 @@ def columns_of(fmt: Format) -> tuple[int, int]:
     return (256, 512) if getattr(fmt, "block_size", 1) == 256 else (unit, 384)
 
 
+@pytest.fixture(scope="module")
 def scratch() -> torch.Tensor:
     return torch.zeros(linear.scratch_bytes(CHIP), dtype=torch.uint8)
 
@@ -54,23 +55,23 @@ def bound(x: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return x.double().abs() @ exact.abs().T * (1.5 * ERROR[x.dtype]) + 1e-6
 
 
-def check(name: str, rows: int, columns: int, n: int, dtype: torch.dtype) -> None:
+def check(name: str, rows: int, columns: int, n: int, dtype: torch.dtype, scratch: torch.Tensor) -> None:
     weight, exact = make(name, (rows, columns))
     x, bias = torch.randn(n, columns).to(dtype), torch.randn(rows)
     out = torch.full((n, rows), torch.nan)
-    linear.linear(x, weight, bias, out, scratch=scratch())
+    linear.linear(x, weight, bias, out, scratch=scratch)
     expected = x.double() @ exact.T + bias
     assert torch.all((out - expected).abs() <= bound(x, exact))
 
 
 @pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.name)
-def test_products_match_float64(fmt: Format) -> None:
+def test_products_match_float64(fmt: Format, scratch: torch.Tensor) -> None:
     small, large = columns_of(fmt)
-    check(fmt.name, 5, small, 1, torch.float16)
-    check(fmt.name, 37, large, 16, torch.float16)
-    check(fmt.name, 70, small, 40, torch.float16)
-    check(fmt.name, 5, small, 3, torch.bfloat16)
-    check(fmt.name, 5, large, 17, torch.bfloat16)
+    check(fmt.name, 5, small, 1, torch.float16, scratch)
+    check(fmt.name, 37, large, 16, torch.float16, scratch)
+    check(fmt.name, 70, small, 40, torch.float16, scratch)
+    check(fmt.name, 5, small, 3, torch.bfloat16, scratch)
+    check(fmt.name, 5, large, 17, torch.bfloat16, scratch)
 
 
 @pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.name)
@@ -106,36 +107,56 @@ def test_embedding_looks_rows_up(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "int8", "F16"])
-def test_rows_do_not_depend_on_the_batch(name: str) -> None:
+def test_rows_do_not_depend_on_the_batch(name: str, scratch: torch.Tensor) -> None:
     weight, _ = make(name, (30, 1024))
     x = torch.randn(40, 1024).half()
     for sizes in ((1, 8, 9, 16), (17, 33, 40)):
         outs = []
         for n in sizes:
             out = torch.full((n, 30), torch.nan)
-            linear.linear(x[:n], weight, None, out, scratch=scratch())
+            linear.linear(x[:n], weight, None, out, scratch=scratch)
             outs.append(out[: sizes[0]])
         assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-def test_scratch_can_be_used_again() -> None:
+def test_scratch_can_be_used_again(scratch: torch.Tensor) -> None:
     weight, exact = make("Q4_0", (40, 1536))
-    shared = scratch()
-    assert linear.tiles_for(CHIP, 1, 64, 6).splits == 3
+    assert linear.splits_for(CHIP, 2, 6) == 3
     for n in (1, 16, 3):
         x = torch.randn(n, 1536).half()
         out = torch.full((n, 40), torch.nan)
-        linear.linear(x, weight, None, out, scratch=shared)
+        linear.linear(x, weight, None, out, scratch=scratch)
         assert torch.all((out - x.double() @ exact.T).abs() <= bound(x, exact))
 
 
-def test_products_are_added_to_what_is_there() -> None:
+def test_products_are_added_to_what_is_there(scratch: torch.Tensor) -> None:
     weight, exact = make("Q4_0", (37, 384))
     for n in (2, 20):
         x, before = torch.randn(n, 384).half(), torch.randn(n, 37)
         out = before.clone()
-        linear.linear(x, weight, None, out, accumulate=True, scratch=scratch())
+        linear.linear(x, weight, None, out, accumulate=True, scratch=scratch)
         assert torch.all((out - before - x.double() @ exact.T).abs() <= bound(x, exact))
+
+
+def test_query_key_and_value_are_one_launch(scratch: torch.Tensor) -> None:
+    for formats_ in (("Q4_0", "Q4_0", "Q4_0"), ("Q4_0", "Q4_0", "Q8_0"), ("Q4_0", "Q4_0")):
+        weights = [make(name, (rows, 256)) for name, rows in zip(formats_, (70, 33, 40), strict=False)]
+        for n in (3, 20):
+            x = torch.randn(n, 256).half()
+            products = [linear.Product(w, None, torch.full((n, len(exact)), torch.nan)) for w, exact in weights]
+            linear.linears(x, products, scratch)
+            for one, (_, exact) in zip(products, weights, strict=True):
+                assert torch.all((one.out - x.double() @ exact.T).abs() <= bound(x, exact))
+
+
+def test_many_rows_meet_an_unpacked_weight(scratch: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_UNPACK_ROWS", 40)
+    monkeypatch.setattr(linear, "_UNPACKED", 256 * 128 * 2)
+    weight, exact = make("Q4_K", (300, 256))
+    x, bias = torch.randn(40, 256).half(), torch.randn(300)
+    out = torch.full((40, 300), torch.nan)
+    linear.linear(x, weight, bias, out, scratch=scratch)
+    assert torch.all((out - x.double() @ exact.T - bias).abs() <= bound(x, exact))
 
 
 def activated(y: torch.Tensor, activation: str) -> torch.Tensor:
@@ -151,7 +172,7 @@ def activated(y: torch.Tensor, activation: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "sigmoid"])
 @pytest.mark.parametrize("gate_format", ["Q4_0", "Q8_0", None])
-def test_gate_and_up_are_one_product(activation: str, gate_format: str | None) -> None:
+def test_gate_and_up_are_one_product(activation: str, gate_format: str | None, scratch: torch.Tensor) -> None:
     up, up_exact = make("Q4_0", (40, 256))
     for n in (3, 20):
         x, bias, gate_bias = torch.randn(n, 256).half(), torch.randn(40), torch.randn(40)
@@ -162,7 +183,7 @@ def test_gate_and_up_are_one_product(activation: str, gate_format: str | None) -
             expected = activated(expected, activation)
         else:
             gate, exact = make(gate_format, (40, 256))
-            linear.gate_up(x, gate, up, activation, out, gate_bias, bias, scratch())
+            linear.gate_up(x, gate, up, activation, out, gate_bias, bias, scratch)
             expected = expected * activated(x.double() @ exact.T + gate_bias, activation)
         assert torch.all((out - expected).abs() <= 3e-3 * expected.abs() + 3e-3)
 

@@ -89,6 +89,10 @@ class Arrangement:
     width: int
     arrays: tuple[tuple[str, str, tuple[int, ...]], ...]
 
+    @property
+    def spans(self) -> int:
+        return self.stored[2] // (self.width * self.layout.planes)
+
     def places(self) -> list[tuple[str, str, tuple[int, ...], int]]:
         """Name, dtype, shape and first byte of every array, and the total as the first byte of none."""
         places, start = [], 0

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from chandra.backends.cuda.layouts import DeviceWeight
+from chandra.backends.cuda.layouts import DeviceWeight, bind
 from chandra.backends.cuda.linear_kernels import product_kernel
 from chandra.backends.cuda.unpack_kernels import unpack_kernel
 from chandra.lazy import torch
+from chandra.quant import get_format
+from chandra.quant.base import spans
 
 DECODE = 16  # up to so many rows are computed alike, bit for bit
-_FINE = 32  # weight rows of a decode tile: one thread block of two warps
-_BLOCKS = 6  # decode thread blocks for each multiprocessor: enough loads under way to hide the memory's latency
+_FINE = 32  # weight rows of a decode tile, for a thread block of two warps
+_BLOCKS = 8  # decode thread blocks of a multiprocessor: what their registers allow, and enough loads under way
+_PLACES = 2048  # partial sums of tiles that are kept at once
+_UNPACK_ROWS = 512  # from so many rows on, unpacking a weight once is cheaper than in every tile of rows
+_UNPACKED = 32 << 20  # bytes of an unpacked piece: it stays in the cache of large chips
 
 
 @dataclass(frozen=True)
@@ -37,50 +43,43 @@ def chip_of(device: torch.device) -> Chip:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a product is cut: BM activation rows, BN weight rows, splits of the columns; warps and pipeline stages."""
+    """How a product is cut: BM activation rows, BN weight rows; warps and pipeline stages of a thread block."""
 
     bm: int
     bn: int
     warps: int
     stages: int
-    splits: int = 1
 
     @property
     def exact(self) -> bool:
         return self.bn == _FINE
 
 
-def tiles_for(chip: Chip, n: int, rows: int, spans: int) -> Tiles:
-    """Tiles for n activation rows and a weight of `rows` rows and `spans` spans of columns.
+def tiles_for(chip: Chip, n: int, plain: bool) -> Tiles:
+    """Tiles for n activation rows. Up to 16 rows, and above, the order of a row's sums does not depend on n."""
+    if chip.capability < 80:  # Triton has no tensor cores there: products are lanes that multiply and add
+        return Tiles(min(DECODE, 1 << (n - 1).bit_length()), _FINE, 2, 1)
+    if n <= DECODE:  # with two warps Hopper takes the same instructions for 8 and 16 rows
+        return Tiles(8 if n <= 8 else 16, _FINE, 2, 4)
+    bm = 32 if n <= 32 else 64 if n <= 64 else 128
+    large = chip.shared >= 160 << 10
+    if plain:
+        bm = 256 if chip.capability == 90 and n > 128 else bm
+        return Tiles(bm, 128, 8, 3 if large else 2)
+    # a span of activations per stage, 64 KiB of 128 rows; two groups of four warps share it
+    return Tiles(bm, 128, 8, 2) if large else Tiles(min(bm, 64), 64, 4, 2)
 
-    Up to 16 rows the order of the sums depends on the weight alone; so it does above.
-    """
-    if n <= DECODE:
-        blocks = -(-rows // _FINE)
-        splits = max(1, min(-(-_BLOCKS * chip.multiprocessors // blocks), spans // 2))
-        per = -(-spans // splits)
-        return Tiles(8 if n <= 8 else 16, _FINE, 2, 3, -(-spans // per))
-    if chip.capability >= 90:  # a warp group needs 64 rows; two of them share the activations
-        return Tiles(32 if n <= 32 else 64 if n <= 64 else 128, 128, 8, 2)
-    return Tiles(32 if n <= 32 else 64, 64, 4, 2)
+
+def splits_for(chip: Chip, blocks: int, spans: int) -> int:
+    """Pieces into which `blocks` tiles of a decode are split, at least two spans each. The same for 1 to 16 rows."""
+    splits = max(1, min(_BLOCKS * chip.multiprocessors // blocks, spans // 2))
+    return -(-spans // -(-spans // splits))
 
 
 def scratch_bytes(chip: Chip) -> int:
-    """Bytes of zeroed scratch that lets all decode products on one stream split their columns."""
-    tiles = 2 * _BLOCKS * chip.multiprocessors
-    return tiles * 4 + tiles * _FINE * DECODE * 4 * 2
-
-
-def _constants(weight: DeviceWeight) -> dict[str, Any]:
-    layout = weight.arrangement.layout
-    return {
-        **{"BITS": layout.bits, "HIGH": layout.high, "WIDTH": weight.arrangement.width, "GROUP": layout.group},
-        **{"KIND": layout.kind, "TABLE": bool(layout.levels), "OFFSET": layout.offset, "SMALL": layout.small},
-    }
-
-
-def _arrays(weight: DeviceWeight) -> tuple[torch.Tensor, ...]:
-    return weight.codes, weight.high, weight.scales, weight.small, weight.levels
+    """Bytes of zeroed scratch for all products on one stream: partial sums, and an unpacked piece of a weight."""
+    places = max(_PLACES, _BLOCKS * chip.multiprocessors)
+    return places * (4 + _FINE * DECODE * 4) + (_UNPACKED if chip.capability >= 80 else 0)
 
 
 @dataclass(frozen=True)
@@ -93,65 +92,92 @@ class Routes:
     bm: int
 
 
-def product(
+@dataclass(frozen=True)
+class Product:
+    """A weight, its bias float32 `(rows,)`, and out `(n, rows)` whose rows may lie apart."""
+
+    weight: DeviceWeight
+    bias: torch.Tensor | None
+    out: torch.Tensor
+
+    def alike(self, other: Product) -> bool:
+        """Whether one launch can compute both."""
+        one, two = self.weight.arrangement, other.weight.arrangement
+        same = one.layout == two.layout and one.width == two.width and one.shape[2] == two.shape[2]
+        return same and (self.bias is None) == (other.bias is None) and self.out.dtype == other.out.dtype
+
+    def arguments(self) -> tuple[Any, ...]:
+        w, rows, outputs = self.weight, self.weight.arrangement.stored[1], self.weight.arrangement.shape[1]
+        bias = self.out if self.bias is None else self.bias
+        return w.codes, w.high, w.scales, w.small, bias, self.out, self.out.stride(0), rows, outputs
+
+
+def _constants(weight: DeviceWeight) -> dict[str, Any]:
+    layout = weight.arrangement.layout
+    return {
+        **{"BITS": layout.bits, "HIGH": layout.high, "WIDTH": weight.arrangement.width, "GROUP": layout.group},
+        **{"KIND": layout.kind, "TABLE": bool(layout.levels), "OFFSET": layout.offset, "SMALL": layout.small},
+    }
+
+
+def _launch(
     x: torch.Tensor,
-    weight: DeviceWeight,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    gate: DeviceWeight | None = None,
-    gate_bias: torch.Tensor | None = None,
+    products: tuple[Product, ...],
+    scratch: torch.Tensor | None = None,
+    gated: bool = False,
     activation: str = "",
     into: Literal["", "add", "multiply"] = "",
-    scratch: torch.Tensor | None = None,
     routes: Routes | None = None,
 ) -> None:
-    """Launch the product kernel: see `linear`, `gate_up` and `moe`. `into` says what becomes of the values of out."""
-    arrangement, chip, n = weight.arrangement, chip_of(x.device), len(x)
-    _, outputs, inputs = arrangement.shape
-    _, rows, columns = arrangement.stored
-    spans = columns // (arrangement.width * arrangement.layout.planes)
-    tiles = tiles_for(chip, n if routes is None else routes.bm, rows, spans)
-    splits = tiles.splits if scratch is not None and routes is None else 1
-    per = -(-spans // splits)
-    count = -(-n // tiles.bm) if routes is None else len(routes.tiles)
-    locks = partials = out
-    if scratch is not None and splits > 1:
-        tickets = 2 * _BLOCKS * chip.multiprocessors * 4
-        locks, partials = scratch[:tickets].view(torch.int32), scratch[tickets:].view(torch.float32)
-    grid = count, -(-rows // tiles.bn), splits
+    """One launch for up to three weights that are `alike`. `into`: what becomes of the values of out."""
+    first, chip = products[0], chip_of(x.device)
+    arrangement = first.weight.arrangement
+    inputs, columns, length = arrangement.shape[2], arrangement.stored[2], arrangement.spans
+    tiles = tiles_for(chip, len(x) if routes is None else routes.bm, arrangement.layout.kind == "plain")
+    blocks = sum(-(-p.weight.arrangement.stored[1] // tiles.bn) for p in products[: 1 if gated else None])
+    splits, locks, partials = 1, first.out, first.out
+    if scratch is not None and len(x) <= DECODE and routes is None:
+        splits = splits_for(chip, blocks * (2 if gated else 1), length)
+        places = max(_PLACES, _BLOCKS * chip.multiprocessors)
+        locks, partials = scratch[: 4 * places].view(torch.int32), scratch[4 * places :].view(torch.float32)
+    grid = -(-len(x) // tiles.bm) if routes is None else len(routes.tiles), blocks, splits * (2 if gated else 1)
     product_kernel[grid](
-        x,
-        x if routes is None else routes.order,
-        x if routes is None else routes.tiles,
-        *_arrays(weight),
-        *_arrays(gate or weight)[:4],
-        bias if bias is not None else out,
-        gate_bias if gate_bias is not None else out,
-        out,
-        locks,
-        partials,
-        n,
-        inputs,
-        outputs,
-        rows,
-        columns,
-        spans,
-        per,
-        1 if routes is None else routes.top,
-        **_constants(weight),
-        PADDED=inputs != columns,
-        EXACT=tiles.exact,
-        BN=tiles.bn,
-        BM=tiles.bm,
-        EXPERTS=routes is not None,
-        GATED=gate is not None,
-        BIAS=bias is not None,
-        ACTIVATION=activation,
-        INTO=into,
-        SPLIT=splits > 1,
+        *(x, x if routes is None else routes.order, x if routes is None else routes.tiles),
+        *(first.weight.levels, locks, partials),
+        *(argument for p in (*products, first, first)[:3] for argument in p.arguments()),
+        *(len(x), inputs, columns, length, -(-length // splits), splits, 1 if routes is None else routes.top),
+        **_constants(first.weight),
+        **{"PADDED": inputs != columns, "EXACT": tiles.exact, "BN": tiles.bn, "BM": tiles.bm},
+        **{"EXPERTS": routes is not None, "WEIGHTS": len(products), "GATED": gated, "BIAS": first.bias is not None},
+        **{"ACTIVATION": activation, "INTO": into, "SPLIT": grid[2] > 1},
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
+
+
+def product(
+    x: torch.Tensor,
+    one: Product,
+    scratch: torch.Tensor | None = None,
+    activation: str = "",
+    into: Literal["", "add", "multiply"] = "",
+    routes: Routes | None = None,
+) -> None:
+    """One product, of many rows through unpacked pieces of the weight: see `linear` and `gate_up`."""
+    arrangement, chip = one.weight.arrangement, chip_of(x.device)
+    _, outputs, inputs = arrangement.shape
+    many = len(x) >= _UNPACK_ROWS and arrangement.layout.kind != "plain" and inputs % 64 == 0
+    if scratch is None or not many or routes is not None or chip.capability < 80:
+        _launch(x, (one,), scratch, activation=activation, into=into, routes=routes)
+        return
+    memory = scratch[-_UNPACKED:]
+    format = get_format("F16" if x.dtype == torch.float16 else "BF16")
+    for start, stop in spans(outputs, _UNPACKED // (2 * inputs) // 128 * 128):
+        piece = memory[: (stop - start) * inputs * 2].view(x.dtype).view(-1, inputs)
+        unpack(one.weight, start, stop, piece)
+        weight = bind(format, (stop - start, inputs), memory)
+        bias = None if one.bias is None else one.bias[start:stop]
+        _launch(x, (Product(weight, bias, one.out[:, start:stop]),), activation=activation, into=into)
 
 
 def linear(
@@ -162,8 +188,21 @@ def linear(
     accumulate: bool = False,
     scratch: torch.Tensor | None = None,
 ) -> None:
-    """out float32 `(n, rows)` (+)= x `(n, columns)` @ weight.T + bias; x float16 or bfloat16, bias float32."""
-    product(x, weight, bias, out, into="add" if accumulate else "", scratch=scratch)
+    """out float32 `(n, rows)` (+)= x `(n, columns)` @ weight.T + bias; x float16 or bfloat16, bias float32.
+
+    scratch: of `scratch_bytes`, zeros before its first use, used by one stream. Without it decode is slower.
+    """
+    product(x, Product(weight, bias, out), scratch, into="add" if accumulate else "")
+
+
+def linears(x: torch.Tensor, products: Sequence[Product], scratch: torch.Tensor | None = None) -> None:
+    """Several products of one x (query, key and value), in one launch where their layouts allow it."""
+    alike = all(one.alike(products[0]) for one in products)
+    if alike and len(products) <= 3 and len(x) < _UNPACK_ROWS:
+        _launch(x, tuple(products), scratch)
+    else:
+        for one in products:
+            product(x, one, scratch)
 
 
 def gate_up(
@@ -177,15 +216,19 @@ def gate_up(
     scratch: torch.Tensor | None = None,
     routes: Routes | None = None,
 ) -> None:
-    """out `(n, rows)` of x's dtype = activation(x @ gate.T + gate_bias) * (x @ up.T + up_bias), without a gate
-    activation(x @ up.T + up_bias). One kernel, unless the formats of gate and up differ."""
+    """out `(n, rows)` of any float dtype = activation(x @ gate.T + gate_bias) * (x @ up.T + up_bias); without a gate
+    activation(x @ up.T + up_bias). Decode takes one launch, prefill one for each weight."""
+    product_up = Product(up, up_bias, out)
     if gate is None:
-        product(x, up, up_bias, out, activation=activation, scratch=scratch, routes=routes)
-    elif gate.arrangement == up.arrangement and (gate_bias is None) == (up_bias is None):
-        product(x, up, up_bias, out, gate, gate_bias, activation, scratch=scratch, routes=routes)
+        product(x, product_up, scratch, activation, routes=routes)
+        return
+    product_gate = Product(gate, gate_bias, out)
+    fits = -(-up.arrangement.stored[1] // _FINE) * 2 <= _PLACES
+    if scratch is not None and routes is None and len(x) <= DECODE and fits and product_up.alike(product_gate):
+        _launch(x, (product_up, product_gate), scratch, gated=True, activation=activation)
     else:
-        product(x, gate, gate_bias, out, activation=activation, scratch=scratch, routes=routes)
-        product(x, up, up_bias, out, into="multiply", scratch=scratch, routes=routes)
+        product(x, product_gate, scratch, activation, routes=routes)
+        product(x, product_up, scratch, into="multiply", routes=routes)
 
 
 def embed(ids: torch.Tensor, weight: DeviceWeight, scale: float, out: torch.Tensor) -> None:
@@ -201,13 +244,12 @@ def unpack(weight: DeviceWeight, start: int, stop: int, out: torch.Tensor) -> No
 def _unpack(
     ids: torch.Tensor | None, start: int, n: int, weight: DeviceWeight, factor: float, out: torch.Tensor
 ) -> None:
-    arrangement, layout = weight.arrangement, weight.arrangement.layout
+    arrangement = weight.arrangement
     (_, outputs, inputs), (_, rows, columns) = arrangement.shape, arrangement.stored
     bn = 1 if n == 1 else 8
-    grid = -(-n // bn), columns // (arrangement.width * layout.planes)
-    unpack_kernel[grid](
+    unpack_kernel[-(-n // bn), arrangement.spans](
         *(out if ids is None else ids, start, n),
-        *_arrays(weight),
+        *(weight.codes, weight.high, weight.scales, weight.small, weight.levels),
         *(out, factor, inputs, outputs, rows, columns),
         **_constants(weight),
         BN=bn,

@@ -54,7 +54,10 @@ def _plain(
     for span in range(first, last):
         k = span * WIDTH
         v = _activations(xs, k, live, inputs, WIDTH, PADDED)
-        acc = tl.dot(tl.load(ws + k).to(DTYPE), v, acc)
+        if codes.dtype.element_ty == tl.float32:  # of a router: rounding it would change who is chosen
+            acc = tl.dot(tl.load(ws + k), v.to(tl.float32), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(tl.load(ws + k).to(DTYPE), v, acc)
     return acc
 
 
@@ -167,19 +170,23 @@ def _sums(
 
 
 @triton.jit
-def _together(partials, splits, BN: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr):
-    """The sums of all splits, in their order."""
+def _together(partials, count, BN: tl.constexpr, BM: tl.constexpr):
+    """The sum of some partial sums, in their order; four are loaded at once, as each load takes its time."""
     at = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
-    for i in range(splits):
-        acc += tl.load(partials + i * SIZE + at, cache_modifier=".cg")
+    for i in range(0, count, 4):
+        part0 = tl.load(partials + i * BN * BM + at, cache_modifier=".cg")
+        part1 = tl.load(partials + (i + 1) * BN * BM + at, mask=i + 1 < count, other=0.0, cache_modifier=".cg")
+        part2 = tl.load(partials + (i + 2) * BN * BM + at, mask=i + 2 < count, other=0.0, cache_modifier=".cg")
+        part3 = tl.load(partials + (i + 3) * BN * BM + at, mask=i + 3 < count, other=0.0, cache_modifier=".cg")
+        acc = acc + part0 + part1 + part2 + part3
     return acc
 
 
 @triton.jit
 def _write(
-    acc, gate, bias, bias2, out, m, live, r, outputs, GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    INTO: tl.constexpr
+    acc, gate, bias, bias2, out, stride, m, live, r, outputs, GATED: tl.constexpr, BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, INTO: tl.constexpr
 ):  # fmt: skip
     """Biases, activation, gate; then to out, or into what is there."""
     if BIAS:
@@ -190,7 +197,7 @@ def _write(
         acc *= _activated(gate, ACTIVATION)
     else:
         acc = _activated(acc, ACTIVATION)
-    places = out + m.to(tl.int64)[None, :] * outputs + r[:, None]
+    places = out + m.to(tl.int64)[None, :] * stride + r[:, None]
     mask = live[None, :] & (r[:, None] < outputs)
     if INTO == "add":
         acc += tl.load(places, mask=mask, other=0.0)
@@ -199,25 +206,44 @@ def _write(
     tl.store(places, acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n", "spans", "per", "top"])
+@triton.jit(do_not_specialize=["n", "spans", "per", "splits", "top"])
 def product_kernel(
-    x, order, tiles, codes, high, scales, small, levels, codes2, high2, scales2, small2, bias, bias2, out, locks,
-    partials, n, inputs, outputs, rows, columns, spans, per, top, BITS: tl.constexpr, HIGH: tl.constexpr,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr, OFFSET: tl.constexpr,
-    SMALL: tl.constexpr, PADDED: tl.constexpr, EXACT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    EXPERTS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, INTO: tl.constexpr,
+    x, order, tiles, levels, locks, partials,
+    codes, high, scales, small, bias, out, stride, rows, outputs,
+    codes1, high1, scales1, small1, bias1, out1, stride1, rows1, outputs1,
+    codes2, high2, scales2, small2, bias2, out2, stride2, rows2, outputs2,
+    n, inputs, columns, spans, per, splits, top, BITS: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr, OFFSET: tl.constexpr, SMALL: tl.constexpr,
+    PADDED: tl.constexpr, EXACT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, EXPERTS: tl.constexpr,
+    WEIGHTS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, INTO: tl.constexpr,
     SPLIT: tl.constexpr
 ):  # fmt: skip
     """out `(n, outputs)` = x `(n, inputs)` @ weight.T, in tiles of BM activation rows, BN weight rows and, with SPLIT,
-    pieces of `per` spans; the last piece of a tile to finish adds them all up in their order.
+    pieces of `per` spans; the piece of a tile that finishes last adds them all up in their order.
 
-    GATED: `ACTIVATION(x @ weight2.T) * (x @ weight.T)`. EXPERTS: `tiles[i]` is the expert of tile i (-1: none), `order`
-    its slots (-1: none); slot s reads row s // top of x and writes row s of out.
+    Of several WEIGHTS each has its out; GATED, the second is the gate of the first: `ACTIVATION(x @ weight1.T) * (x @
+    weight.T)`, as if further pieces. EXPERTS: `tiles[i]` is the expert of tile i (-1: none), `order` its slots (-1:
+    none); slot s reads row s // top of x and writes row s of out.
     """
-    DTYPE: tl.constexpr = x.dtype.element_ty
-    tile, split = tl.program_id(0), tl.program_id(2)
+    tile, block, split, bias_gate = tl.program_id(0), tl.program_id(1), tl.program_id(2), bias1
+    place = block * tl.num_programs(0) + tile
+    if GATED:
+        if split >= splits:
+            codes, high, scales, small = codes1, high1, scales1, small1
+    elif WEIGHTS > 1:
+        skip = tl.cdiv(rows, BN)
+        if block >= skip:
+            block -= skip
+            codes, high, scales, small, bias, out = codes1, high1, scales1, small1, bias1, out1
+            stride, rows, outputs = stride1, rows1, outputs1
+            if WEIGHTS > 2:
+                skip = tl.cdiv(rows, BN)
+                if block >= skip:
+                    block -= skip
+                    codes, high, scales, small, bias, out = codes2, high2, scales2, small2, bias2, out2
+                    stride, rows, outputs = stride2, rows2, outputs2
     m = tile * BM + tl.arange(0, BM)
-    row = tl.program_id(1) * BN + tl.arange(0, BN)
+    row = block * BN + tl.arange(0, BN)
     r = tl.max_contiguous(tl.multiple_of(tl.where(row < rows, row, row % 32), 32), 32)
     live, source, expert = m < n, m, 0
     if EXPERTS:
@@ -227,30 +253,20 @@ def product_kernel(
         m = tl.load(order + m)
         live = m >= 0
         source = m // top
-    first, last = split * per, min(split * per + per, spans)
+    first = split % splits * per
     acc = _sums(
-        x, source, live, inputs, codes, high, scales, small, levels, expert, r, rows, outputs, columns, first, last,
-        BITS, HIGH, WIDTH, GROUP, KIND, TABLE, OFFSET, SMALL, PADDED, EXACT, DTYPE
+        x, source, live, inputs, codes, high, scales, small, levels, expert, r, rows, outputs, columns, first,
+        min(first + per, spans), BITS, HIGH, WIDTH, GROUP, KIND, TABLE, OFFSET, SMALL, PADDED, EXACT, x.dtype.element_ty
     )  # fmt: skip
     gate = acc
-    if GATED:
-        gate = _sums(
-            x, source, live, inputs, codes2, high2, scales2, small2, levels, expert, r, rows, outputs, columns, first,
-            last, BITS, HIGH, WIDTH, GROUP, KIND, TABLE, OFFSET, SMALL, PADDED, EXACT, DTYPE
-        )  # fmt: skip
     if SPLIT:
-        SIZE: tl.constexpr = BN * BM * (2 if GATED else 1)
-        place = tl.program_id(1) * tl.num_programs(0) + tile
-        partials += place * tl.num_programs(2) * SIZE
-        at = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        tl.store(partials + split * SIZE + at, acc)
-        if GATED:
-            tl.store(partials + split * SIZE + BN * BM + at, gate)
+        partials += place * tl.num_programs(2) * BN * BM
+        tl.store(partials + split * BN * BM + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :], acc)
         tl.debug_barrier()
         if tl.atomic_add(locks + place, 1, sem="acq_rel") < tl.num_programs(2) - 1:
             return
         tl.store(locks + place, 0)
-        acc = _together(partials, tl.num_programs(2), BN, BM, SIZE)
+        acc = _together(partials, splits, BN, BM)
         if GATED:
-            gate = _together(partials + BN * BM, tl.num_programs(2), BN, BM, SIZE)
-    _write(acc, gate, bias, bias2, out, m, live, row, outputs, GATED, BIAS, ACTIVATION, INTO)
+            gate = _together(partials + splits * BN * BM, splits, BN, BM)
+    _write(acc, gate, bias, bias_gate, out, stride, m, live, row, outputs, GATED, BIAS, ACTIVATION, INTO)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 
 from chandra.backends.cuda.layouts import ALIGNMENT, DeviceWeight
-from chandra.backends.cuda.linear import DECODE, Routes, chip_of, gate_up, product, tiles_for
+from chandra.backends.cuda.linear import DECODE, Product, Routes, chip_of, gate_up, product, tiles_for
 from chandra.backends.cuda.moe_kernels import add_kernel, choose_kernel, group_kernel
 from chandra.lazy import torch
 
@@ -23,7 +23,7 @@ def _sizes(n: int, bm: int, experts: int, top_k: int, hidden: int, ff: int) -> t
 
 def scratch_bytes(n: int, experts: int, top_k: int, hidden: int, ff: int) -> int:
     """Bytes of scratch that `moe` needs for up to n rows."""
-    return max(sum(_sizes(n, bm, experts, top_k, hidden, ff)) for bm in (8, 16, 32, 64, 128))
+    return max(sum(_sizes(n, bm, experts, top_k, hidden, ff)) for bm in (1, 2, 4, 8, 16, 32, 64, 128))
 
 
 def moe(
@@ -45,12 +45,12 @@ def moe(
     n, hidden = x.shape
     experts, ff = up.arrangement.shape[:2]
     slots = n * top_k
-    bm = tiles_for(chip_of(x.device), n if n <= DECODE else max(DECODE + 1, slots // experts), ff, 1).bm
+    bm = tiles_for(chip_of(x.device), n if n <= DECODE else max(DECODE + 1, slots // experts), False).bm
     choices, shares, order, tiles, inner, parts = torch.split(
         scratch[: sum(sizes := _sizes(n, bm, experts, top_k, hidden, ff))], list(sizes)
     )
     choices, order, tiles = (t.view(torch.int32) for t in (choices, order, tiles))
-    shares, parts = shares.view(torch.float32), parts.view(torch.float32)
+    shares, parts = shares.view(torch.float32), parts.view(torch.float32)[: slots * hidden]
     inner = inner.view(x.dtype)[: slots * ff].view(slots, ff)
     tiles = tiles[: min(slots, min(slots, experts) + slots // bm)]
     power = triton.next_power_of_2(experts)
@@ -58,6 +58,6 @@ def moe(
     chunk = min(max(triton.next_power_of_2(slots), 16), 8192 // min(power, 512))
     group_kernel[(experts,)](choices, order, tiles, slots, len(tiles), BM=bm, E=power, CHUNK=chunk)
     gate_up(x, gate, up, activation, inner, routes=Routes(order, tiles, top_k, bm))
-    product(inner, down, None, parts, routes=Routes(order, tiles, 1, bm))
+    product(inner, Product(down, None, parts.view(slots, hidden)), routes=Routes(order, tiles, 1, bm))
     block = min(1024, triton.next_power_of_2(hidden))
     add_kernel[(n, triton.cdiv(hidden, block))](parts, shares, out, hidden, TOP=top_k, BLOCK=block)
