@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_data_dir
-
 from chandra.errors import RequestError, UsageError
 
 SAMPLING = 52  # bytes for each entry of the vocabulary that choosing a token takes at most, with its log-probabilities
@@ -42,7 +40,7 @@ class Settings:
         env = _Environment(os.environ if environ is None else environ)
         home = env.text("CHANDRA_HOME")
         return Settings(
-            home=Path(home).expanduser().absolute() if home else Path(user_data_dir("chandra", appauthor=False)),
+            home=Path(home).expanduser().absolute() if home else _default_home(),
             threads=env.count("CHANDRA_THREADS"),
             cpu=env.choice("CHANDRA_CPU", ("avx512", "avx2", "portable")),
             devices=tuple(part for part in (env.text("CHANDRA_DEVICE") or "").split(";") if part),
@@ -55,6 +53,12 @@ class Settings:
             history=not env.flag("CHANDRA_NOHISTORY", "OLLAMA_NOHISTORY"),
             debug=env.flag("CHANDRA_DEBUG", "OLLAMA_DEBUG"),
         )
+
+
+def _default_home() -> Path:
+    from platformdirs import user_data_dir  # here: many name another folder
+
+    return Path(user_data_dir("chandra", appauthor=False))
 
 
 @dataclass(frozen=True)

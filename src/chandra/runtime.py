@@ -7,7 +7,9 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chandra.backends import make_backend
 from chandra.checkpoint import Checkpoint, open_checkpoint
@@ -26,7 +28,9 @@ from chandra.planner.kernels import CpuKernels, Limits, host_workspace
 from chandra.planner.request import HOST_MARGIN
 from chandra.store import Progress, Store, StoredModel
 from chandra.text import Tokenizer, load_tokenizer
-from chandra.text.template import ChatTemplate, has_template
+
+if TYPE_CHECKING:
+    from chandra.text.template import ChatTemplate
 
 # Share of the host's free memory below which there is pressure. A plan leaves three times as much alone.
 PRESSURE_MARGIN = HOST_MARGIN / 3
@@ -41,8 +45,6 @@ class Runtime:
     plan: Plan
     ledger: Ledger
     tokenizer: Tokenizer
-    template: ChatTemplate
-    base_model: bool  # no chat template of its own: it continues text
     engine: Engine
     decoder: Decoder
     pool: KVPool
@@ -55,6 +57,18 @@ class Runtime:
     @property
     def name(self) -> str:
         return self.stored.name
+
+    @property
+    def base_model(self) -> bool:
+        """Whether it has no chat template of its own, and so most likely continues text."""
+        return not self.tokenizer.chat_template
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """What makes prompts of chats, compiled when first needed. Raises TemplateError."""
+        from chandra.text.template import ChatTemplate  # here: jinja2 takes time to import
+
+        return ChatTemplate.of(self.tokenizer, self.spec.arch)
 
     def memory(self) -> tuple[MemoryRow, ...]:
         """Predicted against actual, per device and kind; the host's resident set as the system counts it comes last."""
@@ -133,7 +147,6 @@ def load(
         spec = read_spec(checkpoint)
         tokenizer = load_tokenizer(checkpoint)
         tokenizer.check_rows(spec.vocab_size)
-        template = ChatTemplate.of(tokenizer, spec.arch)
         request = request.with_defaults(settings)
         # Layers that do not fit on a device are computed by the CPU: streaming them is planned but not yet executed.
         constraints = replace(request.constraints(), modes=("host",))
@@ -159,8 +172,6 @@ def load(
             plan=made,
             ledger=ledger,
             tokenizer=tokenizer,
-            template=template,
-            base_model=not has_template(tokenizer),
             engine=engine,
             decoder=decoder,
             pool=pool,

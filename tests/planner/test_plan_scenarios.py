@@ -17,7 +17,6 @@ from chandra.planner import (
     PlannableModel,
     Profile,
     Rate,
-    counterfactuals,
     plan,
     plannable_config,
 )

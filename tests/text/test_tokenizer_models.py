@@ -13,7 +13,7 @@ from chandra.checkpoint import open_checkpoint
 from chandra.errors import TokenizerError
 from chandra.text.detokenizer import StreamDetokenizer
 from chandra.text.sources import load_tokenizer
-from chandra.text.template import ChatTemplate, has_template
+from chandra.text.template import ChatTemplate
 from chandra.text.tokenizer import Tokenizer
 
 DATA = sorted((Path(__file__).parent / "data").glob("llama_cpp_*.json"))
@@ -83,7 +83,7 @@ def test_own_templates_render_as_the_model_was_tuned(model_file: Callable[[str],
 
 def test_a_base_model_gets_the_template_of_its_tokens(model_file: Callable[[str], Path]) -> None:
     tokenizer = load_tokenizer(open_checkpoint(model_file("gemma3:270m")))
-    assert not has_template(tokenizer)
+    assert not tokenizer.chat_template
     prompt = ChatTemplate.of(tokenizer, "gemma3").render([{"role": "user", "content": " Hi "}])
     assert prompt == "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
     assert tokenizer.encode_chat(prompt)[:3] == [2, 105, tokenizer.find("user")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from chandra.backends.cpu.backend import CpuBackend
-from chandra.backends.virtual.backend import VirtualBackend
 from chandra.errors import DeviceError
 from chandra.memory.device import Device
 from chandra.ops.contracts import Backend
@@ -14,6 +13,8 @@ def make_backend(device: Device, threads: int | None = None, isa: str | None = N
     if device.kind == "cpu":
         return CpuBackend(device, threads, isa)
     if device.kind == "virtual":
+        from chandra.backends.virtual.backend import VirtualBackend
+
         return VirtualBackend(device, threads, isa)
     raise DeviceError(
         f"{device.name}: this build has no kernels for {device.kind} devices",

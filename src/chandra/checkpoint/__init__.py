@@ -6,8 +6,7 @@ from pathlib import Path
 
 from chandra.checkpoint.base import Checkpoint, TensorInfo
 from chandra.checkpoint.gguf import MAGIC, StringArray, open_gguf, shard_group
-from chandra.checkpoint.litgpt import WEIGHTS, open_litgpt
-from chandra.checkpoint.mapped import Header, MappedFile, NeedMoreBytes, list_folder
+from chandra.checkpoint.mapped import Header, MappedCheckpoint, MappedFile, NeedMoreBytes, list_folder
 from chandra.checkpoint.safetensors import open_safetensors
 from chandra.errors import CheckpointError, UnsupportedError
 
@@ -19,10 +18,10 @@ __all__ = [
     "TensorInfo",
     "open_checkpoint",
     "open_gguf",
-    "open_litgpt",
     "open_safetensors",
 ]
 
+_LITGPT = "lit_model.pth"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _KNOWN = "Chandra reads GGUF files, Hugging Face folders with safetensors, and Lit-GPT folders"
 
@@ -43,8 +42,8 @@ def _open_file(path: Path) -> Checkpoint:
     if start.startswith(MAGIC):
         return open_gguf(path)
     if start.startswith((b"PK", b"\x80")):
-        if path.name == WEIGHTS:
-            return open_litgpt(path.parent)
+        if path.name == _LITGPT:
+            return _open_litgpt(path.parent)
         raise _pickle(path)
     if start[8:9] == b"{" or path.suffix == ".safetensors":
         return open_safetensors(path)
@@ -61,12 +60,18 @@ def _open_folder(folder: Path, names: list[str]) -> Checkpoint:
         raise CheckpointError(f"{folder} has several models: {', '.join(models[:8])}", "give the path of one of them")
     if models:
         return _open_file(folder / models[0])
-    if WEIGHTS in names:
-        return open_litgpt(folder)
+    if _LITGPT in names:
+        return _open_litgpt(folder)
     pickles = [name for name in names if Path(name).suffix in _PICKLES]
     if pickles:
         raise _pickle(folder / pickles[0])
     raise CheckpointError(f"{folder} has no model" + ("" if names else ": it is empty"), _KNOWN)
+
+
+def _open_litgpt(folder: Path) -> MappedCheckpoint:
+    from chandra.checkpoint.litgpt import open_litgpt  # here: yaml and zipfile take time to import
+
+    return open_litgpt(folder)
 
 
 def _pickle(path: Path) -> UnsupportedError:

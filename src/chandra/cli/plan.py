@@ -24,12 +24,12 @@ from chandra.planner import (
     PlannableModel,
     PlanRequest,
     calibrate,
-    counterfactuals,
     discover,
     plan,
     plannable,
     plannable_config,
 )
+from chandra.planner.explain import counterfactuals
 from chandra.store import Entry, Store
 
 COMPARED = (2048, 4096, 8192, 16384, 32768)  # contexts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -92,7 +92,7 @@ class Engine:
         """
         ids = np.fromiter(prompt, dtype=np.int64)
         self._check(ids, params)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
+        seed = int.from_bytes(os.urandom(8)) >> 1 if params.seed is None else params.seed
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
         leader: Sequence | None = None
         added = []

@@ -9,9 +9,7 @@ from chandra.memory.plan import Plan
 from chandra.planner.assemble import assemble
 from chandra.planner.calibrate import calibrate, discover
 from chandra.planner.cost import ASSUMED_HOST, Machine, Profile, Rate, machine_with
-from chandra.planner.explain import counterfactuals
 from chandra.planner.planner import Constraints, check, search
-from chandra.planner.refuse import does_not_fit
 from chandra.planner.request import PlanRequest
 from chandra.planner.sizes import PlannableModel, plannable, plannable_config, tensor_formats
 
@@ -24,7 +22,6 @@ __all__ = [
     "Profile",
     "Rate",
     "calibrate",
-    "counterfactuals",
     "discover",
     "machine_with",
     "plan",
@@ -45,5 +42,7 @@ def plan(model: PlannableModel, devices: Sequence[Device], machine: Machine, con
     machine = machine_with(machine, devices)
     found = search(model, devices, machine, constraints)
     if found is None:
+        from chandra.planner.refuse import does_not_fit
+
         raise does_not_fit(model, devices, machine, constraints)
     return assemble(found, devices, constraints.reserve)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from chandra.store.names import Name
@@ -72,7 +72,7 @@ class Catalog:
 @cache
 def load_catalog() -> Catalog:
     """The catalog of this package."""
-    document = json.loads((resources.files("chandra.store") / "catalog.json").read_text(encoding="utf-8"))
+    document = json.loads(Path(__file__).with_name("catalog.json").read_text(encoding="utf-8"))
     entries = {}
     for name, fields in document["models"].items():
         fields = {"terms": "", **fields}

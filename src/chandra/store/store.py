@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import os
@@ -177,6 +176,8 @@ class Store:
 
     def _not_found(self, name: Name) -> ModelNotFound:
         """The error for a name that is not here, with the names that are close."""
+        import difflib  # here: nothing else needs it
+
         known = {model.name for model in self.list()} | set(self.catalog.entries)
         close = difflib.get_close_matches(str(name), sorted(known), n=3, cutoff=0.5)
         if str(name) in known or name.kind != "catalog":

@@ -59,7 +59,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, arch: str) -> ChatTemplate:
-        """The model's own template or, where it has none (`has_template`), one that suits its tokens."""
+        """The model's own template or, where it has none, one that suits its tokens."""
         names = [tokenizer.token(id) if id is not None else "" for id in (tokenizer.bos_id, tokenizer.eos_id)]
         source = tokenizer.chat_template or fallback_template(tokenizer, arch)
         return cls(source, bos_token=names[0], eos_token=names[1], quote=tokenizer.quote)
@@ -94,11 +94,6 @@ class ChatTemplate:
         if value is None or isinstance(value, bool | int | float):
             return value
         raise TemplateError(f"a chat message holds a {type(value).__name__}", "Give strings, numbers, lists and dicts.")
-
-
-def has_template(tokenizer: Tokenizer) -> bool:
-    """Whether the model brings a chat template; one that does not is most likely a base model."""
-    return bool(tokenizer.chat_template)
 
 
 Value = TypeVar("Value")
