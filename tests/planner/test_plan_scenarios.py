@@ -20,6 +20,7 @@ from chandra.planner import (
     plan,
     plannable_config,
 )
+from chandra.planner.explain import counterfactuals
 from chandra.store import load_catalog, parse_name
 
 GIB, MIB = 1 << 30, 1 << 20

@@ -10,11 +10,13 @@ import re
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from chandra.checkpoint.base import TensorInfo
 from chandra.checkpoint.mapped import (
@@ -58,6 +60,11 @@ class StringArray(Sequence[str]):
     def __init__(self, data: memoryview, starts: array[int]) -> None:
         self._data = data
         self._starts = starts  # of each string's length, and the end of the last
+
+    def raw(self) -> tuple[bytes, NDArray[np.int64], NDArray[np.int64]]:
+        """A copy of the bytes that hold all strings, and where each begins and ends in it."""
+        starts = np.array(self._starts, np.int64) - self._starts[0]
+        return bytes(self._data[self._starts[0] : self._starts[-1]]), starts[:-1] + 8, starts[1:]
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -136,19 +143,17 @@ class _Cursor:
     def strings(self, count: int, what: str) -> StringArray:
         at = self.at
         self.take(8 * count, what)  # the lengths alone
-        data, end, unpack = self.data, len(self.data), struct.Struct("<Q").unpack_from
-        starts = array("Q")
-        for _ in range(count):
-            starts.append(at)
-            stop = at + 8
-            if stop <= end:
-                stop += unpack(data, at)[0]
-            if stop > end or stop - at > MAX_STRING:
-                self.at = at
-                self.string(f"a string of {what}")  # finds the same and raises
-            at = stop
+        data, unpack, starts = self.data, struct.Struct("<Q").unpack_from, array("Q", [at])
+        with suppress(struct.error, OverflowError):  # of the last string, if the data ends within its length
+            for _ in range(count):  # many: the checks come after
+                at += 8 + unpack(data, at)[0]
+                starts.append(at)
+        lengths = np.diff(np.array(starts)) - 8
+        wrong = np.flatnonzero((lengths > MAX_STRING) | (np.array(starts[1:]) > len(data)))
+        if len(wrong) or len(lengths) < count:
+            self.at = starts[wrong[0] if len(wrong) else -1]
+            self.string(f"a string of {what}")  # finds the same and raises
         self.at = at
-        starts.append(at)
         return StringArray(data, starts)
 
 

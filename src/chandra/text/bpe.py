@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chandra.errors import TokenizerError
-from chandra.text.vocabulary import StringIndex, Vocabulary, utf8
+from chandra.text.vocabulary import StringIndex, Strings, Vocabulary, utf8
 
 SPACE = "▁"  # how SentencePiece writes a space
 _SPACE = utf8(SPACE)
@@ -119,7 +119,7 @@ class MergeListEncoder(_WordEncoder):
         super().__init__(vocab)
         if len(merges) == 0:
             raise TokenizerError("the tokenizer has no merges", "Fetch the model again, or take another file of it.")
-        self._merges = StringIndex(map(utf8, merges))
+        self._merges = StringIndex(Strings.of(merges))
         self._split = split
         self._alphabet = byte_alphabet() if byte_level else None
         self._ignore_merges = ignore_merges
@@ -161,8 +161,7 @@ class ScoreEncoder(_WordEncoder):
         self._scores, self._mergeable = scores, mergeable
         self._unk_id, self._add_space = unk_id, add_space
         # A space opens a word wherever no token holds it after that character: no merge can cross there.
-        ids = np.flatnonzero(mergeable).tolist()
-        inner = [vocab[id] for id in ids if vocab.raw(id).rfind(_SPACE) > 0]
+        inner = [vocab[id] for id in vocab.holding(_SPACE) if mergeable[id]]
         bridges = {SPACE, *(before for token in inner for before, after in pairwise(token) if after == SPACE)}
         self._border = re.compile(f"(?<![{re.escape(''.join(sorted(bridges)))}])(?={SPACE})")
 

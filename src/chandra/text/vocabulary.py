@@ -5,14 +5,40 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
+from chandra.checkpoint import StringArray
 
 
 def utf8(text: str | bytes) -> bytes:
     """UTF-8, with surrogate escapes turned back into the bytes they stand for."""
     return text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True)
+class Strings:
+    """Strings as UTF-8 in one text. `begins`, `ends`: uint32 [n]."""
+
+    text: bytes
+    begins: NDArray[np.uint32]
+    ends: NDArray[np.uint32]
+
+    @classmethod
+    def of(cls, strings: Iterable[str | bytes]) -> Strings:
+        if isinstance(strings, StringArray):
+            text, begins, ends = strings.raw()
+        else:
+            pieces = list(map(utf8, strings))
+            ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+            text, begins = b"".join(pieces), np.append(0, ends)[:-1]
+        return cls(text, begins.astype(np.uint32), ends.astype(np.uint32))
+
+    def __len__(self) -> int:
+        return len(self.ends)
 
 
 class StringIndex:
@@ -22,8 +48,9 @@ class StringIndex:
     (Python's hash of str, unlike that of bytes, is the same for "eg" and "来": it depends on the character width.)
     """
 
-    def __init__(self, strings: Iterable[bytes]) -> None:
-        hashes = np.fromiter(map(hash, strings), np.int64)
+    def __init__(self, strings: Strings) -> None:
+        slices = map(slice, strings.begins.tolist(), strings.ends.tolist())
+        hashes = np.fromiter(map(hash, map(strings.text.__getitem__, slices)), np.int64, len(strings))
         order = np.argsort(hashes, kind="stable").astype(np.int32)
         self._hashes = array("q", hashes[order].tobytes())  # plain arrays: bisect reads them faster than numpy's
         self._positions = array("i", order.tobytes())
@@ -40,24 +67,26 @@ class Vocabulary:
     """Token texts by id and ids by text. Bytes that are not UTF-8 are carried as surrogate escapes."""
 
     def __init__(self, tokens: Iterable[str | bytes]) -> None:
-        self._text = bytearray()
-        self._ends = array("I", [0])
-        self._index = StringIndex(self._take(tokens))
-
-    def _take(self, tokens: Iterable[str | bytes]) -> Iterator[bytes]:
-        for token in map(utf8, tokens):
-            self._text += token
-            self._ends.append(len(self._text))
-            yield token
+        self._tokens = Strings.of(tokens)
+        self._index = StringIndex(self._tokens)
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self._tokens)
 
     def __getitem__(self, id: int) -> str:
         return self.raw(id).decode("utf-8", "surrogateescape")
 
     def raw(self, id: int) -> bytes:
-        return bytes(self._text[self._ends[id] : self._ends[id + 1]])
+        return self._tokens.text[self._tokens.begins[id] : self._tokens.ends[id]]
+
+    def holding(self, part: bytes) -> list[int]:
+        """The tokens that hold a part behind their first byte."""
+        tokens = self._tokens
+        text, places = np.frombuffer(tokens.text, np.uint8), max(0, len(tokens.text) - len(part) + 1)
+        found = np.flatnonzero(np.all([text[i : i + places] == byte for i, byte in enumerate(part)], axis=0))
+        ids = np.searchsorted(tokens.begins, found, "right") - 1
+        inside = (found > tokens.begins[ids]) & (found + len(part) <= tokens.ends[ids])
+        return [int(id) for id in np.unique(ids[inside])]
 
     def find(self, text: str) -> int | None:
         wanted = utf8(text)
