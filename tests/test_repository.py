@@ -73,7 +73,6 @@ PAID_BY = {
     ("models/decoder.py", "forward"): "nothing: it has no rows",
     ("models/transforms.py", "convert"): "loading: models.transforms.loading_bytes",
     ("store/download.py", "read_page"): "nothing: a page of a source, before there is a model",
-    ("text/vocabulary.py", "__init__"): "runtime: bytes of a token",
 }
 ALLOCATORS = {"empty", "zeros", "ones", "full", "empty_like", "zeros_like", "ones_like", "full_like", "memmap"}
 
