@@ -26,6 +26,14 @@ def _dot(_: object, a: Any, b: Any, d: Any, *__: object) -> Any:
     return interpreter.TensorHandle(product, d.dtype.scalar)
 
 
+def _cast(builder: Any, handle: Any, dtype: Any) -> Any:
+    """The interpreter cuts float32 off to bfloat16; GPUs round to nearest, ties to even."""
+    if (handle.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+        return _cast_impl(builder, handle, dtype)
+    bits = handle.data.view(np.uint32)
+    return interpreter.TensorHandle(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16), dtype.scalar)
+
+
 def _patch_tensor(tensor: Any, scope: Any) -> None:
     """Its scalars are arrays of one element, which newer numpy does not make whole numbers."""
     _patch_lang_tensor(tensor, scope)
@@ -35,3 +43,5 @@ def _patch_tensor(tensor: Any, scope: Any) -> None:
 _patch_lang_tensor = interpreter._patch_lang_tensor
 interpreter._patch_lang_tensor = _patch_tensor
 interpreter.InterpreterBuilder.create_dot = _dot
+_cast_impl = interpreter.InterpreterBuilder.cast_impl
+interpreter.InterpreterBuilder.cast_impl = _cast

@@ -1,0 +1,60 @@
+"""Prints what attention and row kernels take on GPUs, as JSON: `aot_attention.py KV_TYPES H/K/d,… CAPABILITIES`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+
+import aot
+import torch
+
+from chandra.backends.cuda import attention, fused
+from chandra.ops.contracts import AttentionParams, KVLayer, Norm, RopeParams
+from chandra.ops.reference import packed_rows
+
+
+def launch(params: AttentionParams, kv_type: str, rows: int = 32, sequences: int = 17) -> list[aot.Launch]:
+    """Everything for a batch of one chunk and decodes."""
+    heads, kv_heads, d = params.num_heads, params.num_kv_heads, params.head_dim
+    side = packed_rows(torch.zeros(4, kv_heads, 16, d), kv_type)
+    cache = KVLayer(side, side, kv_type, 16)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    x, out = torch.empty(rows, heads * d), torch.empty(rows, heads * d, dtype=torch.float16)
+    q = torch.empty(rows, heads * d, dtype=attention.query_dtype(kv_type))
+    k = torch.empty(rows, kv_heads * d)
+    norm = Norm(torch.empty(heads * d), 1e-5)
+    scratch = torch.empty(attention.scratch_bytes(params, sequences, 4096) // 4)
+    extent = attention.Extent(sequences, 1, 16, 4096)
+    with aot.launches() as recorded:
+        fused.norm(x, norm, out)
+        fused.norm_add(x, norm, x)
+        fused.logits_finish(x, 0.5, 30.0)
+        fused.rope_write(x, k, k, integers(rows), params, cache, integers(rows), q)
+        tables = integers(sequences + 1), integers(sequences), integers(sequences, 64)
+        attention.attention(q, *tables, params, cache, out, scratch, extent)
+    return recorded
+
+
+def main(kv_types: str, shapes: str, capabilities: str) -> None:
+    figures = []
+    for capability in map(int, capabilities.split(",")):
+        attention.compute_capability = lambda _, capability=capability: capability
+        for shape in shapes.split(","):
+            heads, kv_heads, d = map(int, shape.split("/"))
+            norm, rope = Norm(torch.empty(d), 1e-5), RopeParams(torch.empty(d // 2))
+            params = AttentionParams(heads, kv_heads, d, 0.1, 4096, 30.0, rope, norm, norm)
+            for kv_type in kv_types.split(","):
+                for one in launch(params, kv_type):
+                    figure = asdict(aot.compiled(one, capability))
+                    figures.append(
+                        figure | {"limit": aot.SHARED_LIMITS[capability] * 1024, "kv_type": kv_type, "shape": shape}
+                    )
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
