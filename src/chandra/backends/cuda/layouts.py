@@ -14,8 +14,10 @@ which the widths of most models are. Where nf4 blocks straddle rows, the weight 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -33,6 +35,7 @@ Parts: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
 ROWS = 32  # rows are padded to a multiple of this
 ALIGNMENT = 128  # bytes
 CHUNK = 1 << 19  # values repacked at once
+THREADS = 8  # that repack
 SUPER = 256  # columns of a super-block
 
 
@@ -158,15 +161,18 @@ def pack(weight: PackedWeight, out: Bytes) -> None:
         arrays["small"][0] = weight.parts["nested_offset"][0]
         arrays["small"][1:257] = nf4.dynamic_map().numpy()
         arrays["small"][257 : 257 + len(nested)] = nested
-    for expert in range(experts):
+
+    def repack(piece: tuple[int, tuple[int, int]]) -> None:
+        expert, (start, stop) = piece
         own = {name: array[expert] for name, array in arrays.items() if array.ndim == 3}
-        for start, stop in spans(rows, CHUNK // columns):
-            first = expert * rows
-            if layout.kind == "plain":
-                own["codes"][start:stop, :columns] = _floats(weight, first + start, first + stop)
-            else:
-                values = _READERS[weight.format.name](weight, first + start, first + stop)
-                _store(values, own, arrangement, start, stop)
+        first, last = expert * rows + start, expert * rows + stop
+        if layout.kind == "plain":
+            own["codes"][start:stop, :columns] = _floats(weight, first, last)
+        else:
+            _store(_READERS[weight.format.name](weight, first, last), own, arrangement, start, stop)
+
+    with ThreadPoolExecutor(THREADS) as pool:  # numpy lets go of the interpreter
+        list(pool.map(repack, itertools.product(range(experts), spans(rows, CHUNK // columns))))
 
 
 @dataclass(frozen=True)
@@ -182,17 +188,17 @@ def _store(values: Values, own: Parts, arrangement: Arrangement, start: int, sto
     layout, width, planes, n = arrangement.layout, arrangement.width, arrangement.layout.planes, stop - start
     padding = arrangement.stored[2] - arrangement.shape[2]
     codes = np.pad(values.codes, ((0, 0), (0, padding))) if padding else values.codes
-    codes = codes.reshape(n, -1, planes, width)
-    low = codes & ((1 << layout.bits) - 1) if layout.high else codes
-    fields = 8 // layout.bits
-    in_bytes = low[:, :, ::fields]
-    for i in range(1, fields):
-        in_bytes = in_bytes | low[:, :, i::fields] << layout.bits * i
-    own["codes"][start:stop].view(np.uint8).reshape(n, -1, width, 4)[:] = in_bytes.transpose(0, 1, 3, 2)
+    by_plane = np.ascontiguousarray(codes.reshape(n, -1, planes, width).transpose(2, 0, 1, 3))
+    low = by_plane & ((1 << layout.bits) - 1) if layout.high else by_plane
+    in_words, per_byte = own["codes"][start:stop].view(np.uint8).reshape(n, -1, width, 4), 8 // layout.bits
+    for byte in range(4):
+        value = low[byte * per_byte]
+        for i in range(1, per_byte):
+            value = value | low[byte * per_byte + i] << layout.bits * i
+        in_words[..., byte] = value
     if layout.high:
-        high = own["high"][start:stop].reshape(n, -1, width)
-        for i in range(planes):
-            high |= (codes[:, :, i] >> layout.bits).astype(high.dtype) << layout.high * i
+        upper = (by_plane >> layout.bits).astype(own["high"].dtype)
+        own["high"][start:stop] = sum(upper[i] << layout.high * i for i in range(planes)).reshape(n, -1)
     own["scales"][: values.scales.shape[1], start:stop] = values.scales.T.view(own["scales"].dtype)
     if values.small is not None:
         own["small"][:, start:stop] = values.small.T.view(np.int32)
@@ -212,8 +218,10 @@ def _rows(weight: PackedWeight, part: str, start: int, stop: int) -> np.ndarray[
 
 def fields(data: Bytes, bits: int, run: int) -> Bytes:
     """Bit fields of runs of bytes `(..., k)` -> `(..., k * 8 / bits)`, as `quant.bits.unpack_fields`."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    values = (data.reshape(*data.shape[:-1], -1, 1, run) >> shifts) & np.uint8((1 << bits) - 1)
+    data = np.ascontiguousarray(data)
+    values = np.empty((*data.shape[:-1], data.shape[-1] // run, 8 // bits, run), np.uint8)
+    for i in range(8 // bits):  # long runs of bytes are what numpy is fast with
+        values[..., i, :] = ((data >> bits * i) & ((1 << bits) - 1)).reshape(*data.shape[:-1], -1, run)
     return values.reshape(*data.shape[:-1], -1)
 
 

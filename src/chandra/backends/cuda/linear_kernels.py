@@ -184,6 +184,22 @@ def _together(partials, count, BN: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
+def _joined(acc, partials, lock, split, splits, BN: tl.constexpr, BM: tl.constexpr, GATED: tl.constexpr):
+    """Store a piece; for the one that finishes last, the sums of all pieces (GATED: and of the gate's)."""
+    tl.store(partials + split * BN * BM + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :], acc)
+    tl.debug_barrier()
+    last = tl.atomic_add(lock, 1, sem="acq_rel") == tl.num_programs(2) - 1
+    gate = acc
+    if last:
+        tl.store(lock, 0)
+        acc = _together(partials, splits, BN, BM)
+        gate = acc
+        if GATED:
+            gate = _together(partials + splits * BN * BM, splits, BN, BM)
+    return acc, gate, last
+
+
+@triton.jit
 def _write(
     acc, gate, bias, bias2, out, stride, m, live, r, outputs, GATED: tl.constexpr, BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, INTO: tl.constexpr
@@ -258,15 +274,9 @@ def product_kernel(
         x, source, live, inputs, codes, high, scales, small, levels, expert, r, rows, outputs, columns, first,
         min(first + per, spans), BITS, HIGH, WIDTH, GROUP, KIND, TABLE, OFFSET, SMALL, PADDED, EXACT, x.dtype.element_ty
     )  # fmt: skip
-    gate = acc
+    gate, last = acc, True
     if SPLIT:
         partials += place * tl.num_programs(2) * BN * BM
-        tl.store(partials + split * BN * BM + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :], acc)
-        tl.debug_barrier()
-        if tl.atomic_add(locks + place, 1, sem="acq_rel") < tl.num_programs(2) - 1:
-            return
-        tl.store(locks + place, 0)
-        acc = _together(partials, splits, BN, BM)
-        if GATED:
-            gate = _together(partials + splits * BN * BM, splits, BN, BM)
-    _write(acc, gate, bias, bias_gate, out, stride, m, live, row, outputs, GATED, BIAS, ACTIVATION, INTO)
+        acc, gate, last = _joined(acc, partials, locks + place, split, splits, BN, BM, GATED)
+    if last:
+        _write(acc, gate, bias, bias_gate, out, stride, m, live, row, outputs, GATED, BIAS, ACTIVATION, INTO)
