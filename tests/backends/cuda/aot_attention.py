@@ -1,4 +1,4 @@
-"""Prints what attention and row kernels take on GPUs, as JSON: `aot_attention.py KV_TYPES H/K/d,… CAPABILITIES`."""
+"""Prints what attention and row kernels take on GPUs, as JSON: `aot_attention.py KV_TYPE:H/K/d:CAPABILITY …`."""
 
 from __future__ import annotations
 
@@ -39,22 +39,20 @@ def launch(params: AttentionParams, kv_type: str, rows: int = 32, sequences: int
     return recorded
 
 
-def main(kv_types: str, shapes: str, capabilities: str) -> None:
+def main(configurations: list[str]) -> None:
     figures = []
-    for capability in map(int, capabilities.split(",")):
-        attention.compute_capability = lambda _, capability=capability: capability
-        for shape in shapes.split(","):
-            heads, kv_heads, d = map(int, shape.split("/"))
-            norm, rope = Norm(torch.empty(d), 1e-5), RopeParams(torch.empty(d // 2))
-            params = AttentionParams(heads, kv_heads, d, 0.1, 4096, 30.0, rope, norm, norm)
-            for kv_type in kv_types.split(","):
-                for one in launch(params, kv_type):
-                    figure = asdict(aot.compiled(one, capability))
-                    figures.append(
-                        figure | {"limit": aot.SHARED_LIMITS[capability] * 1024, "kv_type": kv_type, "shape": shape}
-                    )
+    for configuration in configurations:
+        kv_type, shape, target = configuration.split(":")
+        heads, kv_heads, d = map(int, shape.split("/"))
+        attention.compute_capability = lambda _, target=target: int(target)
+        norm, rope = Norm(torch.empty(d), 1e-5), RopeParams(torch.empty(d // 2))
+        everything = AttentionParams(heads, kv_heads, d, 0.1, 4096, 30.0, rope, norm, norm)
+        recorded = launch(everything, kv_type) + launch(AttentionParams(heads, kv_heads, d, 0.1), kv_type, 17, 2)
+        for one in recorded:
+            figure = asdict(aot.compiled(one, int(target)))
+            figures.append(figure | {"limit": aot.SHARED_LIMITS[int(target)] * 1024, "configuration": configuration})
     print(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

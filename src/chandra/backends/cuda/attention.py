@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FLOAT = 4
 SMALL_SHARED = (86, 89, 120)  # compute capabilities with less shared memory than 8.0 has
-COMBINED = 16  # splits that `combine` reads at once
+COMBINED = 32  # splits that `combine` reads at once
 SHORT, LONG, SHORT_SPLITS = (int(n.value) for n in (kernels.SHORT, kernels.LONG, kernels.SHORT_SPLITS))
 
 

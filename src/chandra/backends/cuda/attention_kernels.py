@@ -20,12 +20,12 @@ from chandra.backends.cuda.fused_kernels import cap
 # fmt: off
 
 LOG2E = tl.constexpr(1.4426950408889634)
-SHORT, LONG, SHORT_SPLITS = tl.constexpr(256), tl.constexpr(1024), tl.constexpr(32)
+SHORT, LONG, SHORT_SPLITS = tl.constexpr(128), tl.constexpr(512), tl.constexpr(32)
 
 
 @triton.jit
 def _split_start(split):
-    """The first position of a split of decode: the first 32 have 256 tokens, later ones 1024."""
+    """The first position of a split of decode: the first 32 have 128 tokens, later ones 512."""
     return tl.minimum(split, SHORT_SPLITS) * SHORT + tl.maximum(split - SHORT_SPLITS, 0) * LONG
 
 
@@ -181,8 +181,7 @@ def decode(
     for start in tl.range(begin, end, TILE):
         state = _attend(
             q_first, q_second, position, low, end, start, state, block_table, k_cache, v_cache, kv_head,
-            scale, softcap, window,
-            KV_HEADS, DIM, HALF, KV_TYPE, BLOCK_SIZE, TILE,
+            scale, softcap, window, KV_HEADS, DIM, HALF, KV_TYPE, BLOCK_SIZE, TILE,
         )
     maximum, total, first, second = state
     parts = (sequence * splits + split) * HEADS + heads
@@ -241,8 +240,7 @@ def prefill(
     q, query_start, context_lens, block_tables, k_cache, v_cache, out,
     scale, softcap, window, table_width, sequences,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, KV_TYPE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
-    SEQUENCES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, SEQUENCES: tl.constexpr,
 ):
     """Program (tile, kv head): out (n, H*d) of some neighbouring queries of one sequence."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -268,8 +266,7 @@ def prefill(
     for start in tl.range(low // TILE * TILE, end, TILE):
         state = _attend(
             q_first, q_second, position, low, end, start, state, block_table, k_cache, v_cache, kv_head,
-            scale, softcap, window,
-            KV_HEADS, DIM, HALF, KV_TYPE, BLOCK_SIZE, TILE,
+            scale, softcap, window, KV_HEADS, DIM, HALF, KV_TYPE, BLOCK_SIZE, TILE,
         )
     _, total, first, second = state
     share = (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
