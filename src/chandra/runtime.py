@@ -17,7 +17,7 @@ from chandra.config import Settings
 from chandra.engine import Engine, EngineConfig, Output, Pressure
 from chandra.errors import BudgetExceeded
 from chandra.kvcache import KVPool, SwapSpace, group_layers, swap_slots
-from chandra.memory.host import memory_available, resident_bytes
+from chandra.memory.host import memory_available, peak_resident, resident_bytes
 from chandra.memory.ledger import Kind, Ledger
 from chandra.memory.plan import Plan
 from chandra.memory.running import MemoryRow, Running, StateFile, began
@@ -124,12 +124,6 @@ class Runtime:
     def close(self) -> None:
         """Give everything back; doing so twice is harmless."""
         self.resources.close()
-
-
-def peak_resident() -> int:
-    """The most bytes this process ever had in memory."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def load(

@@ -25,6 +25,7 @@ from chandra.models import (
     tensor_table,
     workspace_bytes,
 )
+from chandra.models.rope import rope_bytes
 from chandra.ops.contracts import Backend
 from chandra.ops.reference import ReferenceBackend
 from chandra.quant import get_format
@@ -79,7 +80,8 @@ def test_every_byte_is_reserved_and_given_back(backend: Backend) -> None:
     planned = sum(get_format(formats[s.tensor.name]).nbytes(s.tensor.shape) for s in sources)
     weights = reserved(ledger)["cpu", Kind.WEIGHTS]
     if isinstance(backend, ReferenceBackend):  # it repacks nothing
-        assert weights + reserved(ledger)["cpu", Kind.PAGE_CACHE] == planned
+        ropes = rope_bytes(layer.attention.rope for layer in spec.layers)
+        assert weights + reserved(ledger)["cpu", Kind.PAGE_CACHE] == planned + ropes
     workspace = workspace_bytes(spec, range(4), 32, 8)
     assert reserved(ledger)["cpu", Kind.WORKSPACE] == workspace
     assert told[-1] == (planned, planned)

@@ -78,7 +78,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     request = PlanRequest(**memory_request(arguments)).with_defaults(settings)
     store = open_store(settings)
     model, source = describe_model(store, arguments.model, request.quant)
-    devices, machine = discover(request, settings)
+    devices, machine = discover(request, settings, vocab_size=model.spec.vocab_size)
     constraints = request.constraints()
     if arguments.prompt:
         constraints = replace(constraints, prompt=arguments.prompt)

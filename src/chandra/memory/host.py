@@ -66,6 +66,12 @@ def trim_heap() -> None:
         _libc().malloc_trim(0)
 
 
+def peak_resident() -> int:
+    """The most bytes this process ever had in memory."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
 def usable_cores() -> int:
     """Cores this process may run on: its affinity mask and the cgroups' CPU quota."""
     cores = len(os.sched_getaffinity(0))

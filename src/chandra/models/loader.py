@@ -10,7 +10,7 @@ import numpy as np
 from chandra.checkpoint.base import Checkpoint
 from chandra.memory.ledger import Kind, Ledger, Reservation
 from chandra.models.decoder import Backends, Decoder, DecoderLayer, Mlp
-from chandra.models.rope import inv_freq
+from chandra.models.rope import inv_freq, rope_bytes
 from chandra.models.spec import AttentionSpec, ModelSpec, RopeSpec
 from chandra.models.tensors import Source, find_sources
 from chandra.models.transforms import concatenate, convert, floats, loading_bytes, take_rows
@@ -195,6 +195,7 @@ class _Loading:
     def _rope(self, rope: RopeSpec, backend: Backend) -> RopeParams:
         key = (rope, id(backend))
         if key not in self.ropes:
+            self._reserve(backend, Kind.WEIGHTS, rope_bytes([rope]))
             frequencies = backend.upload(inv_freq(rope, self.context_length))
             self.ropes[key] = RopeParams(frequencies, rope.attention_factor, rope.interleaved)
         return self.ropes[key]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,11 @@ from chandra.errors import UnsupportedError
 from chandra.models.spec import RopeSpec
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def rope_bytes(ropes: Iterable[RopeSpec | None]) -> int:
+    """Bytes of the frequencies of all different ones of these."""
+    return sum(4 * (rope.rotary_dim // 2) for rope in set(ropes) if rope)
 
 
 def inv_freq(rope: RopeSpec, context_length: int) -> np.ndarray[Any, np.dtype[np.float32]]:

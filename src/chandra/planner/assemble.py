@@ -137,6 +137,7 @@ def _predictions(
     need[HOST, Kind.WORKSPACE] = candidate.host_workspace((part.device for part in parts), groups)
     for device in {part.device for part in parts} | {HOST}:
         held = [i for i, part in enumerate(layers) if part.device == device]
+        need[device, Kind.WEIGHTS] += candidate.ropes(held)
         if device == HOST and apart:
             held = list(range(len(layers)))
         if held or any(part.device == device for part in parts):

@@ -25,7 +25,10 @@ from chandra.planner.cost import ASSUMED_HOST, Machine, Profile, Rate, machine_w
 from chandra.planner.request import PlanRequest
 from chandra.quant import PackedWeight, get_format
 
-BASELINE_STEP = 8 << 20  # bytes: the process is never measured to the page, so that plans repeat
+# Bytes of a process that runs a model, measured: with nothing but modules, for each entry of the vocabulary, and what
+# it grows by when it computes (stacks of threads, code of kernels, what malloc keeps).
+BASELINE, TOKEN, GROWTH = 46 << 20, 110, 4 << 20
+BASELINE_STEP = 2 << 20  # bytes: the process is never measured to the page, so that plans repeat
 QUICK = ("Q4_K", "Q6_K", "Q8_0", "F16")
 THOROUGH = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32", "int8", "nf4")
 WIDTH = 2048  # of the matrices that are timed
@@ -36,15 +39,16 @@ VERSION = 1  # of what is measured and of the kernels: raise it when an old cali
 
 
 def discover(
-    request: PlanRequest, settings: Settings, present: Sequence[Device] = ()
+    request: PlanRequest, settings: Settings, present: Sequence[Device] = (), vocab_size: int = 0
 ) -> tuple[tuple[Device, ...], Machine]:
-    """The devices to plan for and what they do. `present`: the GPUs of this machine that can be used.
+    """The devices to plan for and what they do. `present`: the GPUs of this machine that can be used. `vocab_size`: of
+    a model that another process will run; 0: this one will, and has read its vocabulary.
 
     Measures the machine for a moment if that was never done. Raises UsageError, and DeviceError for a missing GPU.
     """
     devices, machine = request.devices(present), known_machine(settings)
-    taken = -(-sum(resident_bytes()) // BASELINE_STEP) * BASELINE_STEP
-    host = replace(machine.host, runtime=max(machine.host.runtime, taken))
+    taken = BASELINE + TOKEN * vocab_size if vocab_size else sum(resident_bytes())
+    host = replace(machine.host, runtime=-(-(taken + GROWTH) // BASELINE_STEP) * BASELINE_STEP)
     return devices, machine_with(replace(machine, profiles={"cpu": host}), devices)
 
 

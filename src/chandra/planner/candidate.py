@@ -13,6 +13,7 @@ from chandra.kvcache.layout import LayerGroup
 from chandra.memory.device import Device
 from chandra.memory.plan import Placement, Workload
 from chandra.models.decoder import workspace_bytes
+from chandra.models.rope import rope_bytes
 from chandra.planner.cost import Machine, Rate
 from chandra.planner.kernels import Limits, host_workspace
 from chandra.planner.placement import Floats, Mode, Offload, Tier
@@ -108,6 +109,12 @@ class Candidate:
         """Bytes of the decoder's buffers on a device. `layers`: those held; None: any of them."""
         spec, rows = self.model.spec, self.max_logit_rows if head else 0
         return workspace_bytes(spec, range(spec.num_layers) if layers is None else layers, self.chunk, rows)
+
+    def ropes(self, layers: Sequence[int] | None = None) -> int:
+        """Bytes of the rotary embedding's frequencies for these layers; None: for all."""
+        spec = self.model.spec
+        held = range(spec.num_layers) if layers is None else layers
+        return rope_bytes(spec.layers[i].attention.rope for i in held)
 
     def host_workspace(self, devices: Iterable[str], groups: int | None = None) -> int:
         """Bytes of the host that steps on these devices take besides. `groups`: of layers; None: as many as can be."""
@@ -211,7 +218,7 @@ class Candidate:
         known = self.model.known
         key = (head and self.max_logit_rows, computes, self.chunk)
         if key not in known:
-            known[key] = self.workspace(head, None if computes else ())
+            known[key] = self.workspace(head, None if computes else ()) + (self.ropes() if computes else 0)
         return self.runtime(device) + self.outer_weights(device, head) + known[key]
 
     def runtime(self, device: str) -> int:

@@ -1,0 +1,116 @@
+"""Real models take the memory that was planned: each device by kind, and the process as the system counts it.
+
+Every case is a process of its own, which fills its context and chooses tokens in the costliest way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.model
+
+MEASURE = """
+import json, re, sys
+import numpy as np
+from chandra import LLM, SamplingParams
+from chandra.checkpoint import open_checkpoint
+from chandra.memory.host import peak_resident
+from chandra.planner import plannable
+
+path, options = sys.argv[1], json.loads(sys.argv[2])
+with LLM(path, **options) as llm:
+    runtime, w = llm.runtime, llm.plan.workload
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1000, 20000, w.context - 6).tolist() for _ in range(w.parallel)]
+    llm.generate(prompts, SamplingParams(typical_p=0.9, max_tokens=6, ignore_eos=True, logprobs=2))
+    mapped, touched = "", 0  # pages of the file that are in memory
+    for line in open("/proc/self/smaps"):
+        if found := re.match(r"[0-9a-f]+-[0-9a-f]+ \\S+ \\S+ \\S+ \\S+ +(.*)", line):
+            mapped = found[1]
+        elif line.startswith("Rss:") and mapped == str(runtime.stored.path.resolve()):
+            touched += int(line.split()[1]) << 10
+    peak = peak_resident()
+    backends = {b.device.name: b for b in runtime.decoder.backends.distinct()}
+    checkpoint = open_checkpoint(runtime.stored.path)
+    sizes = plannable(llm.name, runtime.spec, checkpoint).variants[0]
+    print(json.dumps({
+        "plan": {d.name: llm.plan.predicted(d.name) for d in llm.plan.devices},
+        "highest": {d.name: runtime.ledger.highest(d.name) for d in llm.plan.devices},
+        "arenas": {name: b.arena.peak for name, b in backends.items() if hasattr(b, "arena")},
+        "rows": [(r.device, r.kind, r.predicted, r.peak) for r in llm.memory()],
+        "loading": sizes.loading({tensor.part for tensor in sizes.tensors}),
+        "touched": touched,
+        "peak": peak,
+    }))
+"""
+
+ONE: dict[str, Any] = {"ctx": 256, "parallel": 1}
+TWO = {"ctx": 256, "parallel": 2, "device": ["virtual:600MiB"]}
+QUICK = [("smollm2:135m", ONE), ("gemma3:270m", TWO), ("qwen2.5-coder:0.5b", ONE)]
+LAYERS = {"smollm2:135m": (10, 20), "gemma3:270m": (6, 12), "qwen2.5-coder:0.5b": (8, 16)}
+
+
+def ranges(name: str, devices: int) -> dict[str, Any]:
+    """Options that put the layers on so many virtual devices; the last layers stay on the host."""
+    if not devices:
+        return {}
+    each = LAYERS[name][0]
+    spans = [f"virtual:{i}={i * each}-{(i + 1) * each - 1}" for i in range(devices)]
+    return {"device": ["virtual:700MiB"] * devices, "layers": spans}
+
+
+MATRIX = [
+    (name, {"ctx": ctx, "parallel": parallel} | ranges(name, devices))
+    for name in LAYERS
+    for ctx, parallel in ((512, 1), (2048, 1), (1024, 4))
+    for devices in (0, 1, 2, 3)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MATRIX)],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_memory_is_as_planned(name: str, options: dict[str, Any], model_file: Callable[[str], Path]) -> None:
+    command = [sys.executable, "-c", MEASURE, str(model_file(name)), json.dumps(options)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "CHANDRA_THREADS": "2"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    rows = {(device, kind): (predicted, peak) for device, kind, predicted, peak in found["rows"]}
+    for (device, kind), (predicted, peak) in rows.items():
+        if kind != "resident":
+            assert 0.97 * predicted <= peak <= predicted, (device, kind, predicted, peak)
+    for device, predicted in found["plan"].items():
+        assert 0.97 * predicted <= found["highest"][device] <= predicted, device
+    for device, peak in found["arenas"].items():
+        assert 0.97 * found["plan"][device] <= peak <= found["plan"][device], device
+    planned = resident(rows, found)
+    print(f"{name} {options}: resident {found['peak'] / 2**20:.0f} of {planned / 2**20:.0f} MiB")
+    assert 0.95 * planned <= found["peak"] <= planned
+
+
+def resident(rows: dict[tuple[str, str], tuple[int, int]], found: dict[str, Any]) -> int:
+    """Bytes of the process at the highest, by the plan: the host's rows, and those of virtual devices, which are there.
+
+    Swap space is untouched unless sequences are swapped; of the rows in the file only those are there that were used,
+    and none while loading.
+    """
+    in_file, _ = rows.get(("cpu", "page cache"), (0, 0))
+    kept = sum(
+        predicted
+        for (_, kind), (predicted, _) in rows.items()
+        if kind not in ("all", "resident", "loading", "swap", "page cache")
+    )
+    used = found["touched"] if in_file else 0
+    return max(kept + used, rows["cpu", "runtime"][0] + found["loading"] - in_file)
