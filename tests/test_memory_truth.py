@@ -26,17 +26,25 @@ from chandra.memory.host import peak_resident
 from chandra.planner import plannable
 
 path, options = sys.argv[1], json.loads(sys.argv[2])
+
+def in_memory(file):  # bytes of its pages
+    mapped, nbytes = "", 0
+    for line in open("/proc/self/smaps"):
+        if found := re.match(r"[0-9a-f]+-[0-9a-f]+ \\S+ \\S+ \\S+ \\S+ +(.*)", line):
+            mapped = found[1]
+        elif line.startswith("Rss:") and mapped == str(file.resolve()):
+            nbytes += int(line.split()[1]) << 10
+    return nbytes
+
 with LLM(path, **options) as llm:
     runtime, w = llm.runtime, llm.plan.workload
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1000, 20000, w.context - 6).tolist() for _ in range(w.parallel)]
-    llm.generate(prompts, SamplingParams(typical_p=0.9, max_tokens=6, ignore_eos=True, logprobs=2))
-    mapped, touched = "", 0  # pages of the file that are in memory
-    for line in open("/proc/self/smaps"):
-        if found := re.match(r"[0-9a-f]+-[0-9a-f]+ \\S+ \\S+ \\S+ \\S+ +(.*)", line):
-            mapped = found[1]
-        elif line.startswith("Rss:") and mapped == str(runtime.stored.path.resolve()):
-            touched += int(line.split()[1]) << 10
+    before = in_memory(runtime.stored.path)  # of these the process was found with
+    params = SamplingParams(typical_p=0.9, max_tokens=6, ignore_eos=True, logprobs=2)
+    llm.generate(prompts, params)
+    share = w.context * w.parallel // llm.plan.max_num_seqs - 16
+    llm.generate([rng.integers(1000, 20000, share).tolist() for _ in range(llm.plan.max_num_seqs)], params)
     peak = peak_resident()
     backends = {b.device.name: b for b in runtime.decoder.backends.distinct()}
     checkpoint = open_checkpoint(runtime.stored.path)
@@ -47,7 +55,7 @@ with LLM(path, **options) as llm:
         "arenas": {name: b.arena.peak for name, b in backends.items() if hasattr(b, "arena")},
         "rows": [(r.device, r.kind, r.predicted, r.peak) for r in llm.memory()],
         "loading": sizes.loading({tensor.part for tensor in sizes.tensors}),
-        "touched": touched,
+        "touched": in_memory(runtime.stored.path) - before,
         "peak": peak,
     }))
 """

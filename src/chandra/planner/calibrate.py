@@ -19,7 +19,7 @@ import numpy as np
 from chandra.backends import make_backend
 from chandra.config import Settings
 from chandra.memory.device import Device
-from chandra.memory.host import memory_available, resident_bytes, usable_cores
+from chandra.memory.host import memory_available, resident_bytes, return_free_memory, usable_cores
 from chandra.ops.contracts import Backend, Linear, Norm
 from chandra.planner.cost import ASSUMED_HOST, Machine, Profile, Rate, machine_with
 from chandra.planner.request import PlanRequest
@@ -47,6 +47,7 @@ def discover(
     Measures the machine for a moment if that was never done. Raises UsageError, and DeviceError for a missing GPU.
     """
     devices, machine = request.devices(present), known_machine(settings)
+    return_free_memory()
     taken = BASELINE + TOKEN * vocab_size if vocab_size else sum(resident_bytes())
     host = replace(machine.host, runtime=-(-(taken + GROWTH) // BASELINE_STEP) * BASELINE_STEP)
     return devices, machine_with(replace(machine, profiles={"cpu": host}), devices)
