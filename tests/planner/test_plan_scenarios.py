@@ -221,3 +221,22 @@ def test_the_disk_is_used_only_when_allowed() -> None:
     made = make("llama2:13b", [host("6GiB")], "Q4_K_M", disk=8 * GIB)
     assert {part.placement for part in made.layers} >= {"disk"}
     assert sum(part.nbytes for part in made.layers if part.placement == "disk") <= 8 * GIB
+
+
+def test_swap_space_where_it_pays_and_as_asked_for() -> None:
+    def swap(devices: list[Device], **wishes: object) -> int:
+        made = make("llama2:7b", devices, "Q4_K_M", context=4096, **wishes)
+        return sum(row.nbytes for row in made.predictions if row.kind == "swap")
+
+    cache, big = (
+        kv_bytes(group_layers([x.attention for x in model("llama2:7b").spec.layers]), "f16", 4096, 512, 16),
+        "24GiB",
+    )
+    assert swap([*gpus(big), host("32GiB")], kv_type="f16") == cache
+    assert 0 < swap([*gpus(big), host("4GiB")], kv_type="f16") <= GIB
+    assert swap([*[replace(gpu, link=1e5) for gpu in gpus(big)], host("32GiB")]) == 0  # computing again is faster
+    assert swap([host("32GiB")]) == 0
+    assert GIB - MIB * 9 <= swap([host("32GiB")], swap=GIB, kv_type="f16") <= GIB
+    assert swap([*gpus(big), host("32GiB")], swap=0) == 0
+    with pytest.raises(DoesNotFit, match="without --swap"):
+        swap([*gpus(big), host("4GiB")], swap=8 * GIB)
