@@ -54,6 +54,16 @@ class Cache:
                     return False
         return True
 
+    def scribble(self) -> None:
+        """Spoil what stands in blocks and slots that nobody holds or could find again."""
+        books = ((self.pool, self.manager.allocators), (self.swap.pool, self.swap.allocators))
+        for pool, allocators in books:
+            for group, allocator in enumerate(allocators):
+                unused = [*allocator.free, *range(allocator.fresh, pool.num_blocks[group])]
+                for layer in pool.groups[group].layers:
+                    pool.layer(layer).k[unused] = np.nan
+                    pool.layer(layer).v[unused] = np.nan
+
     def set_limits(self, limits: tuple[int, int]) -> None:
         for group, limit in enumerate(limits):
             self.manager.set_limit(self.pool, group, limit)
@@ -91,6 +101,36 @@ def test_a_shared_prefix_is_copied_once_and_found_again(device: str) -> None:
     before = swap.out_blocks
     assert manager.swap_out(0, ids(10))
     assert swap.out_blocks == before + 2  # full ones were still there
+
+
+def test_what_comes_back_can_be_shared_again() -> None:
+    cache = Cache((6, 6), (8, 8), "cpu")
+    cache.fill(0, ids(12))
+    assert cache.manager.swap_out(0, ids(12))
+    cache.fill(1, ids(24, 100))  # evicts all of it
+    cache.manager.free(1)
+    cache.scribble()
+    assert cache.manager.swap_in(0)
+    assert cache.swap.in_blocks == 6
+    assert all(cache.holds(0, p, p) for p in range(12))
+    assert cache.manager.allocate(2, ids(13)) == 12
+    cache.manager.check_integrity()
+
+
+def test_shared_and_cached_blocks_are_moved_as_such() -> None:
+    cache = Cache((12, 12), (0, 0), "cpu")
+    cache.fill(0, ids(20))
+    cache.fill(1, ids(12, 100))
+    assert cache.manager.fork(1, 2, 12) == 8
+    cache.manager.free(0)
+    cache.set_limits((4, 4))
+    cache.manager.check_integrity()
+    cache.scribble()
+    for seq in (1, 2):
+        assert all(cache.holds(seq, p, p + 1000) for p in range(8))
+    cache.manager.free(2)
+    cache.manager.check_integrity()
+    assert cache.manager.allocate(3, ids(12, 100)) == 8  # it can still be found
 
 
 def test_no_room_moves_nothing() -> None:
@@ -213,6 +253,7 @@ class Swapping(RuleBasedStateMachine):
 
     @rule(target=swapped, seq=consumes(running), beyond=st.integers(0, 8))
     def swap_out(self, seq: int, beyond: int) -> Any:
+        self.compute(seq, 9, [0, 1] * 6)
         tokens = self.manager.tables[seq].num_tokens
         self.manager.append(seq, min(tokens + beyond, 16 * SIZE))  # of a chunk that was chosen and not computed
         if self.manager.swap_out(seq, np.array(self.texts[seq], np.int32)):
@@ -244,9 +285,21 @@ class Swapping(RuleBasedStateMachine):
                 if limit <= allocator.num_blocks:
                     self.manager.set_limit(pool, group, limit)
 
+    @rule()
+    def flush(self) -> None:
+        for group, allocator in enumerate(self.manager.allocators):
+            limit = allocator.limit
+            for blocks in (max(1, allocator.in_use), limit):
+                self.manager.set_limit(self.cache.pool, group, blocks)
+        self.cache.scribble()
+
     @invariant()
     def books_are_right(self) -> None:
         self.manager.check_integrity()
+
+    @invariant()
+    def unused_memory_does_not_matter(self) -> None:
+        self.cache.scribble()
 
     @invariant()
     def every_visible_token_has_its_key(self) -> None:
