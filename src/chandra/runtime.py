@@ -17,6 +17,7 @@ from chandra.config import Settings
 from chandra.engine import Engine, EngineConfig, Output, Pressure
 from chandra.errors import BudgetExceeded
 from chandra.kvcache import KVPool, SwapSpace, group_layers, swap_slots
+from chandra.memory.device import Device
 from chandra.memory.host import memory_available, peak_resident, resident_bytes
 from chandra.memory.ledger import Kind, Ledger
 from chandra.memory.plan import Plan
@@ -24,7 +25,7 @@ from chandra.memory.running import MemoryRow, Running, StateFile, began
 from chandra.models import Backends, Decoder, ModelSpec, load_decoder, read_spec
 from chandra.ops.contracts import Backend
 from chandra.planner import PlanRequest, discover, plan, plannable, tensor_formats
-from chandra.planner.kernels import CpuKernels, Limits, host_workspace
+from chandra.planner.kernels import BuiltKernels, Limits, host_workspace
 from chandra.planner.request import HOST_MARGIN
 from chandra.store import Progress, Store, StoredModel
 from chandra.text import Tokenizer, load_tokenizer
@@ -147,9 +148,7 @@ def load(
         devices, machine = discover(request, settings)
         made = plan(plannable(stored.name, spec, checkpoint, constraints.format), devices, machine, constraints)
         ledger = _open_ledger(made)
-        backends = {
-            d.name: make_backend(d, settings.threads, settings.cpu) for d in made.devices if _used(made, d.name)
-        }
+        backends = {d.name: _open_device(d, spec, made, settings, ledger) for d in made.devices if _used(made, d.name)}
         decoder = _load_weights(checkpoint, spec, made, backends, ledger, progress)
         resources.callback(decoder.close)
         ledger.reserve("cpu", Kind.WORKSPACE, _host_workspace(spec, made))
@@ -187,13 +186,27 @@ def _open_ledger(made: Plan) -> Ledger:
     return ledger
 
 
+def _open_device(device: Device, spec: ModelSpec, made: Plan, settings: Settings, ledger: Ledger) -> Backend:
+    """The backend of a device, with what it takes for itself reserved."""
+    if device.kind != "cuda":
+        return make_backend(device, settings.threads, settings.cpu)
+    scratch = BuiltKernels().gpu_scratch(spec, _limits(made), made.block_size)
+    ledger.reserve(device.name, Kind.WORKSPACE, scratch.nbytes)
+    graphs = sum(p.nbytes for p in made.predictions if (p.device, p.kind) == (device.name, Kind.GRAPHS))
+    ledger.reserve(device.name, Kind.GRAPHS, graphs)
+    return make_backend(device, scratch=scratch, graphs=graphs)
+
+
+def _limits(made: Plan) -> Limits:
+    return Limits(made.chunk, made.max_num_seqs, made.workload.context, made.max_logit_rows)
+
+
 def _host_workspace(spec: ModelSpec, made: Plan) -> int:
     """Bytes of the host that steps take besides the decoder's buffers."""
     devices = [made.device(part.device) for part in made.parts()]
-    limits = Limits(made.chunk, made.max_num_seqs, made.workload.context, made.max_logit_rows)
     computes = any(device.kind in ("cpu", "virtual") for device in devices)
     away = any(device.kind != "cpu" for device in devices)
-    return host_workspace(CpuKernels(), spec, limits, len(made.num_blocks), made.block_size, computes, away)
+    return host_workspace(BuiltKernels(), spec, _limits(made), len(made.num_blocks), made.block_size, computes, away)
 
 
 def _used(made: Plan, device: str) -> bool:

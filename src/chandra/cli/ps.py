@@ -55,7 +55,8 @@ def _line(state: Running) -> str:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:  # noqa: ARG001
-    import chandra.backends.cpu.kernels  # noqa: F401 (they register themselves)
+    import chandra.backends.cpu.kernels
+    import chandra.backends.cuda.kernels  # noqa: F401
     from chandra.backends.cpu import _cpu
     from chandra.backends.cuda.driver import usable_gpus
     from chandra.planner.calibrate import calibrated

@@ -16,6 +16,8 @@ from chandra.planner.candidate import BLOCK_SIZE, HOP, HOST, Candidate
 from chandra.planner.cost import crossover_tokens
 from chandra.planner.planner import Found
 
+GPUS = ("cuda", "assumed")
+GRAPHS = 32 << 20  # bytes of a GPU for recorded steps
 SWAP_SHARE = 4  # one part in so many of the host memory that is left
 
 
@@ -32,6 +34,7 @@ def assemble(found: Found, devices: Sequence[Device], reserve: int) -> Plan:
     groups = group_layers([x.attention for x in candidate.model.spec.layers], [part.device for part in layers])
     num_blocks = tuple(g.max_blocks(w.context, candidate.chunk, BLOCK_SIZE, w.parallel) for g in groups)
     predictions = _predictions(candidate, parts, layers, len(groups))
+    predictions += _graphs(predictions, devices, reserve)
     micro_rows = candidate.micro_rows(part.device for part in layers)
     speed = _speed(candidate, layers, experts, head_device, micro_rows)
     host = next(device for device in devices if device.name == HOST)
@@ -141,9 +144,16 @@ def _predictions(
         if device == HOST and apart:
             held = list(range(len(layers)))
         if held or any(part.device == device for part in parts):
-            need[device, Kind.WORKSPACE] += candidate.workspace(device == parts[-1].device, held)
+            need[device, Kind.WORKSPACE] += candidate.workspace(device, device == parts[-1].device, held)
         need[device, Kind.RUNTIME] += candidate.runtime(device)
     return tuple(Prediction(d, k, n) for (d, k), n in sorted(need.items()) if n)
+
+
+def _graphs(predictions: Sequence[Prediction], devices: Sequence[Device], reserve: int) -> tuple[Prediction, ...]:
+    """Memory to record steps in, on the GPUs that have it left."""
+    used = {d.name: sum(p.nbytes for p in predictions if p.device == d.name) for d in devices if d.kind in GPUS}
+    caps = {d.name: d.cap for d in devices}
+    return tuple(Prediction(d, Kind.GRAPHS, GRAPHS) for d, n in used.items() if n and n + GRAPHS + reserve <= caps[d])
 
 
 def _speed(

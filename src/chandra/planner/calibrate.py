@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,17 @@ from typing import Any
 import numpy as np
 
 from chandra.backends import make_backend
+from chandra.backends.cuda.driver import usable_gpus
 from chandra.config import Settings
-from chandra.memory.device import Device
+from chandra.errors import DeviceError
+from chandra.memory.device import Device, parse_device
 from chandra.memory.host import memory_available, resident_bytes, return_free_memory, usable_cores
-from chandra.ops.contracts import Backend, Linear, Norm
+from chandra.ops.contracts import Array, Backend, ForwardBatch, Linear, Norm
 from chandra.planner.cost import ASSUMED_HOST, Machine, Profile, Rate, machine_with
 from chandra.planner.request import PlanRequest
 from chandra.quant import PackedWeight, get_format
+
+_log = logging.getLogger(__name__)
 
 # Bytes of a process that runs a model, measured: with nothing but modules, for each entry of the vocabulary, and what
 # it grows by when it computes (stacks of threads, code of kernels, what malloc keeps).
@@ -31,26 +36,50 @@ BASELINE, TOKEN, GROWTH = 46 << 20, 110, 4 << 20
 BASELINE_STEP = 2 << 20  # bytes: the process is never measured to the page, so that plans repeat
 QUICK = ("Q4_K", "Q6_K", "Q8_0", "F16")
 THOROUGH = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32", "int8", "nf4")
-WIDTH = 2048  # of the matrices that are timed
-CACHES = 64 << 20  # bytes that no processor's caches hold
-PREFILL = 128  # rows of the long product
+LAYERS = 16  # of which the overhead is measured
 FILE = "calibration.json"
-VERSION = 1  # of what is measured and of the kernels: raise it when an old calibration would mislead
+VERSION = 2  # of what is measured and of the kernels: raise it when an old calibration would mislead
 
 
-def discover(
-    request: PlanRequest, settings: Settings, present: Sequence[Device] = (), vocab_size: int = 0
-) -> tuple[tuple[Device, ...], Machine]:
-    """The devices to plan for and what they do. `present`: the GPUs of this machine that can be used. `vocab_size`: of
-    a model that another process will run; 0: this one will, and has read its vocabulary.
+@dataclass(frozen=True)
+class Load:
+    """What a device is measured with: matrices of this width, more bytes of them than its caches hold, and rows of the
+    long product."""
 
-    Measures the machine for a moment if that was never done. Raises UsageError, and DeviceError for a missing GPU.
+    width: int
+    caches: int
+    rows: int
+
+
+HOST_LOAD, GPU_LOAD = Load(2048, 64 << 20, 128), Load(8192, 256 << 20, 1024)
+
+
+def discover(request: PlanRequest, settings: Settings, vocab_size: int = 0) -> tuple[tuple[Device, ...], Machine]:
+    """The devices to plan for and what they do. `vocab_size`: of a model that another process will run; 0: this one
+    will, and has read its vocabulary.
+
+    Measures the machine for a moment if that was never done. Raises UsageError, and DeviceError for a GPU that was
+    named and is missing or cannot be used; if none was named, that is logged and the CPU has to do.
     """
-    devices, machine = request.devices(present), known_machine(settings)
+    devices, machine = request.devices(_gpus(request)), known_machine(settings)
     return_free_memory()
     taken = BASELINE + TOKEN * vocab_size if vocab_size else sum(resident_bytes())
     host = replace(machine.host, runtime=-(-(taken + GROWTH) // BASELINE_STEP) * BASELINE_STEP)
-    return devices, machine_with(replace(machine, profiles={"cpu": host}), devices)
+    measured = {d.name: p for d in devices if (p := machine.profiles.get(d.name.split("/")[0]))}
+    return devices, machine_with(replace(machine, profiles=measured | {"cpu": host}), devices)
+
+
+def _gpus(request: PlanRequest) -> tuple[Device, ...]:
+    """The GPUs of this machine, where the request may mean them."""
+    if not request.may_use_gpus():
+        return ()
+    try:
+        return usable_gpus()
+    except DeviceError as error:
+        if any(parse_device(text).kind == "cuda" for text in request.device):
+            raise
+        _log.warning("chandra: %s\nchandra: the GPU is NOT used: everything runs on the CPU", error)
+        return ()
 
 
 def known_machine(settings: Settings) -> Machine:
@@ -75,13 +104,14 @@ def calibrate(settings: Settings, quick: bool = False) -> Machine:
 
     A busy machine looks slower than it is; the best of a few tries counts.
     """
-    if memory_available() < 4 * CACHES:
+    if memory_available() < 4 * HOST_LOAD.caches:
         return ASSUMED_HOST
-    cap = 8 * CACHES
+    cap = 8 * HOST_LOAD.caches
     backend = make_backend(Device("cpu", "cpu", cap), settings.threads, settings.cpu)
     rates = tuple((name, _rate(backend, name, 2 if quick else 5)) for name in (QUICK if quick else THOROUGH))
     host = Profile(rates, _layer_overhead(backend), None, ASSUMED_HOST.host.runtime)
-    machine = Machine({"cpu": host}, _disk_rate(settings.home, 32 << 20 if quick else 256 << 20))
+    gpus = {} if quick else {gpu.name: _gpu_profile(gpu) for gpu in usable_gpus()}
+    machine = Machine({"cpu": host} | gpus, _disk_rate(settings.home, 32 << 20 if quick else 256 << 20))
     if not quick:
         machine = replace(machine, convert=_convert_rate())
     document = {"machine": _identity(settings), "date": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -102,15 +132,25 @@ def _identity(settings: Settings) -> dict[str, Any]:
 
 
 def _to_json(machine: Machine) -> dict[str, Any]:
-    host = machine.host
-    rates = {name: [rate.bandwidth, rate.macs] for name, rate in host.rates}
-    return {"rates": rates, "layer_overhead": host.layer_overhead, "disk": machine.disk, "convert": machine.convert}
+    profiles = {
+        name: {
+            "rates": {form: [rate.bandwidth, rate.macs] for form, rate in profile.rates},
+            "layer_overhead": profile.layer_overhead,
+            "link": profile.link,
+            "runtime": profile.runtime,
+        }
+        for name, profile in machine.profiles.items()
+    }
+    return {"profiles": profiles, "disk": machine.disk, "convert": machine.convert}
 
 
 def _from_json(stored: dict[str, Any]) -> Machine:
-    rates = tuple((name, Rate(*map(float, rate))) for name, rate in stored["rates"].items())
-    host = Profile(rates, float(stored["layer_overhead"]), None, ASSUMED_HOST.host.runtime)
-    return Machine({"cpu": host}, float(stored["disk"]), float(stored["convert"]))
+    profiles = {}
+    for name, known in stored["profiles"].items():
+        rates = tuple((form, Rate(*map(float, rate))) for form, rate in known["rates"].items())
+        link = None if known["link"] is None else float(known["link"])
+        profiles[name] = Profile(rates, float(known["layer_overhead"]), link, int(known["runtime"]))
+    return Machine(profiles, float(stored["disk"]), float(stored["convert"]))
 
 
 def _best(run: Callable[[], object], tries: int) -> float:
@@ -130,29 +170,55 @@ def _linear(backend: Backend, name: str, rows: int, columns: int) -> Linear:
     return Linear(backend.load_weight(PackedWeight(form, shape, parts)))
 
 
-def _rate(backend: Backend, name: str, tries: int) -> Rate:
+def _rate(backend: Backend, name: str, tries: int, load: Load = HOST_LOAD) -> Rate:
     """Of one format: weights too many for the caches against one row, then a few of them against many."""
-    nbytes = get_format(name).nbytes((WIDTH, WIDTH))
-    linears = [_linear(backend, name, WIDTH, WIDTH) for _ in range(-(-CACHES // nbytes))]
+    width, nbytes = load.width, get_format(name).nbytes((load.width, load.width))
+    linears = [_linear(backend, name, width, width) for _ in range(-(-load.caches // nbytes))]
 
     def run(rows: int, used: list[Linear]) -> float:
-        x, out = np.ones((rows, WIDTH), np.float32), backend.empty((rows, WIDTH), "float32")
+        x, out = backend.upload(np.ones((rows, width), np.float32)), backend.empty((rows, width), "float32")
 
-        def product() -> None:
+        def products() -> None:
             for linear in used:
                 backend.norm_linear(x, None, (linear,), (out,))
 
-        return _best(product, tries)
+        return _best(lambda: _finish(backend, (name, rows), products, out), tries)
 
     decode = len(linears) * nbytes / run(1, linears)
-    return Rate(decode, 2 * PREFILL * WIDTH**2 / run(PREFILL, linears[:2]))
+    return Rate(decode, 2 * load.rows * width**2 / run(load.rows, linears[:2]))
+
+
+def _finish(backend: Backend, segment: object, ops: Callable[[], None], out: Array) -> None:
+    """Do the ops as a step of one row does them, and wait for their end."""
+    zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)
+    backend.step(segment, ForwardBatch(zero, zero, np.arange(2, dtype=np.int32), one, zero), (), ops)
+    backend.download(out[:1])
 
 
 def _layer_overhead(backend: Backend) -> float:
     """Seconds of the calls of a layer that has next to no weights; a layer makes about six."""
-    linear, norm = _linear(backend, "F16", 64, 64), Norm(np.ones(64, np.float32), 1e-6)
-    x, out = np.ones((1, 64), np.float32), backend.empty((1, 64), "float32")
-    return 6 * _best(lambda: backend.norm_linear(x, norm, (linear,), (out,)), 20)
+    linear, norm = _linear(backend, "F16", 64, 64), Norm(backend.upload(np.ones(64, np.float32)), 1e-6)
+    x, out = backend.upload(np.ones((1, 64), np.float32)), backend.empty((1, 64), "float32")
+
+    def layers() -> None:
+        for _ in range(LAYERS):
+            for _ in range(6):
+                backend.norm_linear(x, norm, (linear,), (out,))
+
+    return _best(lambda: _finish(backend, "overhead", layers, out), 20) / LAYERS
+
+
+def _gpu_profile(device: Device) -> Profile:
+    """A GPU, measured; `runtime` is what its memory has lost to the context and the libraries."""
+    from chandra.backends.cuda.backend import CudaBackend  # imports Triton
+
+    backend = CudaBackend(device, graphs=64 << 20)
+    rates = tuple((name, _rate(backend, name, 5, GPU_LOAD)) for name in QUICK)
+    overhead = _layer_overhead(backend)
+    nbytes = GPU_LOAD.caches
+    host, out = backend.host_buffer(nbytes), backend.empty((nbytes,), "uint8")
+    link = nbytes / _best(lambda: backend.write(host, out), 5)
+    return Profile(rates, overhead, link, backend.context_bytes())
 
 
 def _disk_rate(folder: Path, nbytes: int) -> float:

@@ -58,7 +58,7 @@ class Candidate:
 
     def pieces(self, device: str) -> Pieces:
         """Bytes of the weights as this device keeps them."""
-        return self.sizes.host if self._on_cpu(device) else self.sizes.packed
+        return self.sizes.host if self._on_cpu(device) else self.sizes.gpu
 
     def _on_cpu(self, device: str) -> bool:
         return device == HOST or device.startswith("virtual")
@@ -85,7 +85,7 @@ class Candidate:
     @cached_property
     def least_need(self) -> Floats:
         """Bytes of each layer and its cache that no device can do without."""
-        return np.minimum(self.weights(HOST), self.sizes.packed.layers) + self.kv_need
+        return np.minimum(self.weights(HOST), self.sizes.gpu.layers) + self.kv_need
 
     def least_rate(self, device: str, gpus: Sequence[Device]) -> float:
         """The least seconds per byte of any layer on a device; on the host, however it is offloaded."""
@@ -105,10 +105,17 @@ class Candidate:
             self._cache["all", device] = float(self.request_seconds("resident", device).sum())
         return cast(float, self._cache["all", device])
 
-    def workspace(self, head: bool, layers: Sequence[int] | None = None) -> int:
-        """Bytes of the decoder's buffers on a device. `layers`: those held; None: any of them."""
+    def workspace(self, device: str, head: bool, layers: Sequence[int] | None = None) -> int:
+        """Bytes of the decoder's buffers on a device, and of what a GPU's backend keeps. `layers`: those held; None:
+        any of them."""
         spec, rows = self.model.spec, self.max_logit_rows if head else 0
-        return workspace_bytes(spec, range(spec.num_layers) if layers is None else layers, self.chunk, rows)
+        scratch = None if self._on_cpu(device) else self.model.kernels.gpu_scratch(spec, self.limits, BLOCK_SIZE)
+        own = scratch.nbytes if scratch else 0
+        return own + workspace_bytes(spec, range(spec.num_layers) if layers is None else layers, self.chunk, rows)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.chunk, self.max_num_seqs, self.workload.context, self.max_logit_rows)
 
     def ropes(self, layers: Sequence[int] | None = None) -> int:
         """Bytes of the rotary embedding's frequencies for these layers; None: for all."""
@@ -118,10 +125,9 @@ class Candidate:
 
     def host_workspace(self, devices: Iterable[str], groups: int | None = None) -> int:
         """Bytes of the host that steps on these devices take besides. `groups`: of layers; None: as many as can be."""
-        limits = Limits(self.chunk, self.max_num_seqs, self.workload.context, self.max_logit_rows)
         used = set(devices)
         groups = groups or len(used) * len(self.model.attention[0])
-        key = (limits, groups, BLOCK_SIZE, any(map(self._on_cpu, used)), used != {HOST})
+        key = (self.limits, groups, BLOCK_SIZE, any(map(self._on_cpu, used)), used != {HOST})
         if key not in self.model.known:
             self.model.known[key] = host_workspace(self.model.kernels, self.model.spec, *key)
         return self.model.known[key]
@@ -161,7 +167,7 @@ class Candidate:
         """Copies for each step run beside the computation: the longer of both counts."""
         link = self.machine.of(device).link
         if placement == "stream" and link is not None:
-            return np.maximum(seconds, self.sizes.packed.layers / link)
+            return np.maximum(seconds, self.sizes.gpu.layers / link)
         return np.maximum(seconds, self.sizes.packed.layers / self.machine.disk) if placement == "disk" else seconds
 
     def micro_rows(self, devices: Iterable[str]) -> int:
@@ -216,9 +222,10 @@ class Candidate:
     def taken(self, device: str, head: bool, computes: bool = True) -> int:
         """Bytes of everything but layers and their cache on a device that computes layers or only passes them on."""
         known = self.model.known
-        key = (head and self.max_logit_rows, computes, self.chunk)
+        key = (self._on_cpu(device), head, computes, self.limits)
         if key not in known:
-            known[key] = self.workspace(head, None if computes else ()) + (self.ropes() if computes else 0)
+            own = self.workspace(device, head, None if computes else ())
+            known[key] = own + (self.ropes() if computes else 0)
         return self.runtime(device) + self.outer_weights(device, head) + known[key]
 
     def runtime(self, device: str) -> int:

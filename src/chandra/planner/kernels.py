@@ -1,10 +1,13 @@
-"""What the CPU backend takes for itself."""
+"""What the backends take for themselves."""
 
 from __future__ import annotations
 
 from functools import cache
 from typing import NamedTuple, Protocol
 
+from chandra.backends.cuda import sizes as cuda
+from chandra.backends.cuda.layouts import weight_nbytes
+from chandra.backends.cuda.sizes import Scratch
 from chandra.config import SAMPLING
 from chandra.kvcache.view import index_bytes
 from chandra.models.decoder import FLOAT
@@ -21,20 +24,28 @@ class Limits(NamedTuple):
     logit_rows: int
 
 
-class HostKernels(Protocol):
-    """Bytes of the host that no tensor table knows."""
+class Kernels(Protocol):
+    """Bytes that no tensor table knows."""
 
     def weight_bytes(self, format: str, shape: tuple[int, ...]) -> int:
-        """Bytes of a weight in the layout its kernel wants."""
+        """Bytes of a weight in the layout that the CPU's kernels want."""
         ...
 
     def scratch_bytes(self, spec: ModelSpec, limits: Limits) -> int:
-        """Bytes the kernels keep for themselves in such steps."""
+        """Bytes the CPU's kernels keep for themselves in such steps."""
+        ...
+
+    def gpu_weight_bytes(self, format: str, shape: tuple[int, ...]) -> int:
+        """Bytes of a weight in the layout that a GPU's kernels want."""
+        ...
+
+    def gpu_scratch(self, spec: ModelSpec, limits: Limits, block_size: int) -> Scratch | None:
+        """What the backend of a GPU keeps for itself in such steps."""
         ...
 
 
 class PlainKernels:
-    """A CPU that computes with weights as they are stored."""
+    """Devices that compute with weights as they are stored."""
 
     def weight_bytes(self, format: str, shape: tuple[int, ...]) -> int:
         return packed_bytes(format, shape)
@@ -42,9 +53,15 @@ class PlainKernels:
     def scratch_bytes(self, spec: ModelSpec, limits: Limits) -> int:  # noqa: ARG002
         return 0
 
+    def gpu_weight_bytes(self, format: str, shape: tuple[int, ...]) -> int:
+        return packed_bytes(format, shape)
 
-class CpuKernels:
-    """The C++ kernels of this build."""
+    def gpu_scratch(self, spec: ModelSpec, limits: Limits, block_size: int) -> Scratch | None:  # noqa: ARG002
+        return None
+
+
+class BuiltKernels:
+    """The C++ and Triton kernels of this build."""
 
     def __init__(self) -> None:
         from chandra.backends.cpu import _cpu  # the compiled module
@@ -73,9 +90,29 @@ class CpuKernels:
                 most = max(most, self._cpu.moe_scratch_bytes(*expert))
         return most + attention
 
+    def gpu_weight_bytes(self, format: str, shape: tuple[int, ...]) -> int:
+        return _gpu_bytes(format, shape)
+
+    def gpu_scratch(self, spec: ModelSpec, limits: Limits, block_size: int) -> Scratch:
+        rows, sequences, context, logit_rows = limits
+        hidden, most = spec.hidden_size, cuda.linear_bytes(logit_rows, spec.hidden_size, 0)
+        for layer in set(spec.layers):
+            a, mlp = layer.attention, layer.mlp
+            widest = max(hidden, a.num_heads * a.head_dim, 0 if mlp.num_experts else mlp.intermediate_size)
+            most = max(
+                most,
+                cuda.linear_bytes(rows, widest, hidden if layer.post_norms else 0),
+                cuda.attention_bytes(rows, a.num_heads, a.head_dim, sequences, context),
+            )
+            if mlp.num_experts:
+                expert = mlp.num_experts, mlp.experts_per_token, hidden, mlp.intermediate_size
+                most = max(most, cuda.moe_bytes(rows, *expert))
+        groups = len({(a.num_kv_heads, a.head_dim, a.window) for a in (layer.attention for layer in spec.layers)})
+        return Scratch(most, cuda.step_ints(rows, sequences, -(-context // block_size), groups, logit_rows))
+
 
 def host_workspace(
-    kernels: HostKernels, spec: ModelSpec, limits: Limits, groups: int, block_size: int, computes: bool, away: bool
+    kernels: Kernels, spec: ModelSpec, limits: Limits, groups: int, block_size: int, computes: bool, away: bool
 ) -> int:
     """Bytes of the host that steps take besides the decoder's buffers: index arrays and choosing tokens; what the
     kernels keep, if the CPU `computes` (for itself or as a virtual device); activations and logits that pass through,
@@ -90,12 +127,17 @@ PLAIN = PlainKernels()
 
 
 @cache
-def host_kernels() -> HostKernels:
-    """What this build computes with on the CPU."""
-    return CpuKernels()
+def built_kernels() -> Kernels:
+    """What this build computes with."""
+    return BuiltKernels()
 
 
 @cache
 def packed_bytes(format: str, shape: tuple[int, ...]) -> int:
     """Bytes of a weight as files store it."""
     return get_format(format).nbytes(shape)
+
+
+@cache
+def _gpu_bytes(format: str, shape: tuple[int, ...]) -> int:
+    return weight_nbytes(get_format(format), shape)

@@ -285,7 +285,7 @@ def _loading(candidate: Candidate, devices: Sequence[Device], disk: bool, steps:
     if len(devices) > 1:
         return candidate.sizes.passing
     needed = candidate.sizes.passing if disk else candidate.sizes.loading_whole
-    return max(0, needed - int(candidate.kv_need.sum()) - candidate.workspace(True) - steps)
+    return max(0, needed - int(candidate.kv_need.sum()) - candidate.workspace(HOST, True) - steps)
 
 
 def _allowed(ranges: Mapping[str, Sequence[tuple[int, int]]], device: str, num_layers: int) -> tuple[bool, ...]:

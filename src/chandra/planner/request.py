@@ -84,6 +84,11 @@ class PlanRequest:
             disk=parse_size(self.disk) if self.disk else 0,
         )
 
+    def may_use_gpus(self) -> bool:
+        """Whether the GPUs of this machine are meant, by name or because nothing else is said."""
+        kinds = [parse_device(text).kind for text in self.device]
+        return "cuda" in kinds or not (kinds or self.host)
+
     def devices(self, present: Sequence[Device]) -> tuple[Device, ...]:
         """The devices to plan for, the host ("cpu") last. `present`: the GPUs of this machine.
 

@@ -16,7 +16,7 @@ from chandra.models import find_sources, spec_from_config, tensor_table
 from chandra.models.loader import EMBEDDING
 from chandra.models.spec import ModelSpec, TensorSpec
 from chandra.models.transforms import loading_bytes
-from chandra.planner.kernels import PLAIN, HostKernels, host_kernels, packed_bytes
+from chandra.planner.kernels import PLAIN, Kernels, built_kernels, packed_bytes
 from chandra.planner.mixes import LABELS, LOW_QUALITY, format_for, known_label
 from chandra.planner.placement import Ends, Floats
 from chandra.quant import get_format
@@ -79,7 +79,7 @@ class Passing(NamedTuple):
 class ModelSizes:
     """A model under one choice of formats.
 
-    `packed`: bytes on a GPU, on disk and to copy; `host`: bytes in the layout of the CPU's kernels. `stored`: bytes to
+    `packed`: bytes on disk; `gpu`, `host`: bytes in the layout of a GPU's and of the CPU's kernels. `stored`: bytes to
     read from disk to load it; `tensors`: in the order in which they are loaded. `dense_macs[i]`, `expert_macs[i]`:
     multiply-adds of one token in layer i; `active[i]`: the share of its experts that one token reads.
     """
@@ -88,6 +88,7 @@ class ModelSizes:
     convert: bool
     tied: bool
     packed: Pieces
+    gpu: Pieces
     host: Pieces
     stored: int
     tensors: tuple[Passing, ...]
@@ -134,7 +135,7 @@ class PlannableModel:
     name: str
     spec: ModelSpec
     variants: tuple[ModelSizes, ...]
-    kernels: HostKernels = PLAIN
+    kernels: Kernels = PLAIN
     known: dict[Any, int] = field(
         default_factory=dict, repr=False, compare=False
     )  # what does not change while planning
@@ -152,26 +153,26 @@ class PlannableModel:
 
 
 def plannable_config(
-    name: str, config: Mapping[str, Any], label: str | None = None, kernels: HostKernels | None = None
+    name: str, config: Mapping[str, Any], label: str | None = None, kernels: Kernels | None = None
 ) -> PlannableModel:
     """A model known by its `config.json` alone: in all usual formats, or only in the one the user names.
 
     Raises UnsupportedError for an architecture Chandra does not have, UsageError for an unknown format.
     """
-    spec, kernels = spec_from_config(config), kernels or host_kernels()
+    spec, kernels = spec_from_config(config), kernels or built_kernels()
     labels = (known_label(label),) if label else LABELS
     return PlannableModel(name, spec, tuple(sizes_as(spec, x, kernels) for x in labels), kernels)
 
 
 def plannable(
-    name: str, spec: ModelSpec, checkpoint: Checkpoint, label: str | None = None, kernels: HostKernels | None = None
+    name: str, spec: ModelSpec, checkpoint: Checkpoint, label: str | None = None, kernels: Kernels | None = None
 ) -> PlannableModel:
     """A model on disk: in its own format, and in those it can be converted to while it is loaded.
 
     A file of 16 bits or more can become any usual format; what is quantized stays as it is, unless the user names
     another `label`. Raises CheckpointError if tensors are missing, UsageError for an unknown format.
     """
-    kernels, sources = kernels or host_kernels(), find_sources(spec, checkpoint)
+    kernels, sources = kernels or built_kernels(), find_sources(spec, checkpoint)
     read = {s.tensor.name: (checkpoint.tensors[s.names[0]].format, s.joined) for s in sources}
     stored = {s.tensor.name: read[s.tensor.name][0] if s.tensor.packable else "F32" for s in sources}
     label_of_file = FILE_TYPES.get(str(checkpoint.metadata.get("general.file_type")))
@@ -184,7 +185,7 @@ def plannable(
 
 
 def sizes_as(
-    spec: ModelSpec, label: str, kernels: HostKernels, read: Read | None = None, stored: int | None = None
+    spec: ModelSpec, label: str, kernels: Kernels, read: Read | None = None, stored: int | None = None
 ) -> ModelSizes:
     """Sizes packed as a label says. `stored`: bytes of the file it is converted from; None: it is had in that form.
 
@@ -216,11 +217,11 @@ def _sizes(
     spec: ModelSpec,
     label: str,
     formats: Mapping[str, str],
-    kernels: HostKernels,
+    kernels: Kernels,
     read: Read,
     stored: int | None = None,
 ) -> ModelSizes:
-    packed, host = _Tally(spec), _Tally(spec)
+    packed, gpu, host = _Tally(spec), _Tally(spec), _Tally(spec)
     dense_macs, expert_macs = [0.0] * spec.num_layers, [0.0] * spec.num_layers
     values = 0
     tensors: list[Passing] = []
@@ -233,6 +234,7 @@ def _sizes(
         in_kernel = tensor.packable or tensor.role == "router"
         on_host = kernels.weight_bytes(name, tensor.shape) if in_kernel else nbytes
         host.add(tensor, on_host)
+        gpu.add(tensor, kernels.gpu_weight_bytes(name, tensor.shape) if in_kernel else nbytes)
         format_read, joined = read.get(tensor.name, (name, False))
         passing = loading_bytes(get_format(format_read), get_format(name), tensor.shape, joined)
         tensors.append(Passing(_part(tensor), on_host, passing))
@@ -248,6 +250,7 @@ def _sizes(
         convert=stored is not None,
         tied=spec.tied_embeddings,
         packed=packed.pieces(),
+        gpu=gpu.pieces(),
         host=host.pieces(),
         stored=stored or packed.pieces().total,
         tensors=tuple(sorted(tensors, key=lambda tensor: -tensor.nbytes)),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from chandra.errors import DeviceError
 from chandra.lazy import torch
-from chandra.memory.device import Device
+from chandra.memory.device import KNOWN_GPUS, Device, parse_rate
 
 MIN_CAPABILITY = (7, 5)
 _TRACES = ("/dev/nvidia0", "/proc/driver/nvidia/version")  # that a machine with an NVIDIA GPU has
@@ -61,7 +61,14 @@ def usable_gpus() -> tuple[Device, ...]:
             f"cuda:0: {old.name} has compute capability {old.capability[0]}.{old.capability[1]}, kernels need 7.5",
             f"GPUs from the Turing generation on are supported (T4, GTX 16, RTX 20 and later); {_CPU_ONLY}",
         )
-    return tuple(Device(f"cuda:{gpu.index}", "cuda", gpu.total - (gpu.in_use() or 0)) for gpu in able)
+    return tuple(_device(gpu) for gpu in able)
+
+
+def _device(gpu: Gpu) -> Device:
+    """With the bandwidths of its datasheet, if it is well known."""
+    name = gpu.name.lower().replace(" ", "")
+    rates = next((values[1:] for key, values in KNOWN_GPUS.items() if key in name), ())
+    return Device(f"cuda:{gpu.index}", "cuda", gpu.total - (gpu.in_use() or 0), *map(parse_rate, rates))
 
 
 @cache

@@ -1,0 +1,176 @@
+"""What the backend asks of torch besides tensors: pinned memory, copies beside computation, recorded calls, caps.
+
+`Accelerator` is torch's CPU, where everything happens at once and in order; Triton's interpreter runs on it.
+`CudaAccelerator` is a GPU.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from chandra.backends.cuda.driver import check_software, find_gpus
+from chandra.errors import BudgetExceeded, DeviceError
+from chandra.lazy import torch
+from chandra.ops.contracts import Fetch, Fetched, HostBytes
+
+Ops = Callable[[], None]
+
+
+class _Copying:
+    """A copy that is under way on some stream.
+
+    Waiting blocks the host, which may then reuse its bytes. Computation and copies that were issued before go on
+    meanwhile, so that neither stream runs dry.
+    """
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+
+class Accelerator:
+    """torch's CPU. `half` is the 16-bit type to compute with."""
+
+    capability = (8, 0)
+
+    def __init__(self, half: str = "float16") -> None:
+        self.device = torch.device("cpu")
+        self.half: torch.dtype = getattr(torch, half)
+
+    def use(self) -> None:
+        """Make it the device that this thread's kernels run on."""
+
+    def host_buffer(self, nbytes: int) -> HostBytes:
+        """Host memory of whole pages, from which copies are fast."""
+        return np.frombuffer(mmap.mmap(-1, max(1, nbytes)), np.uint8)[:nbytes]
+
+    def copy(self, source: torch.Tensor, out: torch.Tensor) -> Fetch:
+        """Copy between host and device in the order of computation; the host does not wait for it."""
+        out.copy_(source)
+        return Fetched()
+
+    def fetch(self, host: torch.Tensor, out: torch.Tensor) -> Fetch:
+        """Copy beside computation, once that is done with `out`."""
+        out.copy_(host)
+        return Fetched()
+
+    def settle(self) -> None:
+        """Wait until everything issued is done."""
+
+    def record(self, ops: Ops) -> Callable[[Ops], None]:  # noqa: ARG002
+        """What does the work of ops that would make the same calls as these, which have run before."""
+        return lambda same: same()
+
+    def taken(self) -> int:
+        """Bytes of the device that are in use, by anyone."""
+        return 0
+
+    def context_bytes(self) -> int:
+        """Bytes that merely using the device has taken: the context, kernels, libraries."""
+        return 0
+
+    def limit(self, nbytes: int) -> Callable[[], None]:  # noqa: ARG002
+        """Let this process allocate so many bytes more of the device; call the result to take that back."""
+        return lambda: None
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Turn torch's errors into those a user can act on."""
+        yield
+
+
+class CudaAccelerator(Accelerator):
+    """A GPU. Raises DeviceError if it is not there or cannot be used."""
+
+    _limits: dict[int, int] = {}  # noqa: RUF012 (one allocator a device for the whole process)
+
+    def __init__(self, index: int) -> None:
+        gpus = find_gpus()
+        if index >= len(gpus):
+            raise DeviceError(f"there is no GPU cuda:{index}", f"GPUs of this machine: {len(gpus)}")
+        check_software()
+        self.gpu = gpus[index]
+        self.capability = self.gpu.capability
+        self.device = torch.device("cuda", index)
+        self._before = self.gpu.in_use()
+        self.half = torch.bfloat16 if self.capability >= (8, 0) else torch.float16
+        with self.guard():
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # else blocks waste up to 2 MiB
+            self.use()
+            self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            torch.zeros(1, device=self.device)
+
+    def use(self) -> None:
+        torch.cuda.set_device(self.device)
+
+    def host_buffer(self, nbytes: int) -> HostBytes:
+        """Pinned, or, where the system does not let this process pin so much, plain."""
+        buffer = super().host_buffer(nbytes)
+        cudart, address = torch.cuda.cudart(), buffer.ctypes.data  # type: ignore[no-untyped-call]
+        if not int(cudart.cudaHostRegister(address, max(1, nbytes), 0)):
+            weakref.finalize(buffer.base, cudart.cudaHostUnregister, address)
+        return buffer
+
+    def copy(self, source: torch.Tensor, out: torch.Tensor) -> Fetch:
+        out.copy_(source, non_blocking=True)
+        return _Copying(torch.cuda.current_stream(self.device).record_event())
+
+    def fetch(self, host: torch.Tensor, out: torch.Tensor) -> Fetch:
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._copies):
+            out.copy_(host, non_blocking=True)
+            return _Copying(self._copies.record_event())
+
+    def settle(self) -> None:
+        with self.guard():
+            torch.cuda.synchronize(self.device)
+
+    def record(self, ops: Ops) -> Callable[[Ops], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            ops()
+        return lambda _: graph.replay()
+
+    def taken(self) -> int:
+        in_use = self.gpu.in_use()
+        if in_use is None:
+            free, total = torch.cuda.mem_get_info(self.device)
+            in_use = total - free
+        return in_use
+
+    def context_bytes(self) -> int:
+        if self._before is None:
+            return 0
+        return max(0, self.taken() - self._before - torch.cuda.memory_reserved(self.device))
+
+    def limit(self, nbytes: int) -> Callable[[], None]:
+        self._allow(nbytes)
+        return lambda: self._allow(-nbytes)
+
+    def _allow(self, nbytes: int) -> None:
+        index = self.gpu.index
+        self._limits[index] = self._limits.get(index, 0) + nbytes
+        torch.cuda.set_per_process_memory_fraction(min(1.0, self._limits[index] / self.gpu.total), self.device)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        name = f"cuda:{self.gpu.index}"
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise BudgetExceeded(
+                f"{name}: out of memory: {str(error).splitlines()[0]}",
+                hint="raise the device's budget, or plan with a shorter context or a smaller format",
+            ) from error
+        except torch.AcceleratorError as error:
+            raise DeviceError(
+                f"{name} is lost: {str(error).splitlines()[0]}",
+                "load the model again; `nvidia-smi` shows whether the GPU still answers",
+            ) from error

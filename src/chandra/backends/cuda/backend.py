@@ -1,0 +1,240 @@
+"""The CUDA backend: torch's memory and streams, Triton's kernels.
+
+Activations of the contract are float32 in the decoder's workspace; what the tensor cores read is a 16-bit copy in the
+backend's scratch. No op allocates: a step can be recorded and repeated.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from chandra.backends.cuda import attention, fused, layouts, linear, moe
+from chandra.backends.cuda.accelerator import Accelerator, CudaAccelerator
+from chandra.backends.cuda.graphs import Graphs
+from chandra.backends.cuda.sizes import Scratch
+from chandra.backends.cuda.steps import StepArrays
+from chandra.lazy import torch
+from chandra.memory.arena import Arena
+from chandra.memory.device import Device
+from chandra.ops.contracts import (
+    Activation,
+    Array,
+    AttentionParams,
+    Backend,
+    Experts,
+    Fetch,
+    ForwardBatch,
+    HostBytes,
+    IntArray,
+    KVLayer,
+    KVTables,
+    Linear,
+    Norm,
+    Weight,
+)
+from chandra.quant.base import Format, PackedWeight
+
+
+class CudaBackend(Backend):
+    """Computes on one GPU, in memory that counts against `device.cap`: several may share a GPU, each with its cap.
+
+    `scratch`: what is kept for the kernels' own use; it grows if an op needs more.
+    `graphs`: bytes that recorded steps may take; 0 records none. Raises DeviceError, BudgetExceeded.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        scratch: Scratch = Scratch(),  # noqa: B008 (immutable)
+        graphs: int = 0,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.device = device
+        index = int(device.name.split("/")[0].partition(":")[2] or 0)
+        self.accelerator = accelerator or CudaAccelerator(index)
+        self.arena = Arena(device)
+        self._release = self.accelerator.limit(device.cap)
+        weakref.finalize(self, self._release)
+        chip = linear.chip_of(self.accelerator.device)
+        self._splits = self._bytes(linear.scratch_bytes(chip)).zero_()
+        self._scratch = self._bytes(scratch.ops)
+        self._steps = StepArrays(self.accelerator, scratch.ints, lambda n: self._bytes(4 * n).view(torch.int32))
+        self._graphs = Graphs(self.accelerator, graphs)
+
+    def context_bytes(self) -> int:
+        """Bytes of the GPU that merely using it has taken so far."""
+        return self.accelerator.context_bytes()
+
+    # memory
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        kind = getattr(torch, dtype)
+        return self._bytes(math.prod(shape) * kind.itemsize).view(kind).view(shape)
+
+    def _bytes(self, nbytes: int) -> torch.Tensor:
+        """New memory. What was recorded may have had addresses of memory that this replaces."""
+        self.arena.take(nbytes)
+        try:
+            with self.accelerator.guard():
+                memory = torch.empty(nbytes, dtype=torch.uint8, device=self.accelerator.device)
+        except BaseException:
+            self.arena.take(-nbytes)
+            raise
+        weakref.finalize(memory.untyped_storage(), self.arena.take, -nbytes)
+        if hasattr(self, "_graphs"):
+            self._graphs.clear()
+        return memory
+
+    def upload(self, host: np.ndarray[Any, Any]) -> Array:
+        array = self.empty(host.shape, host.dtype.name)
+        self.write(host, array)
+        return array
+
+    def write(self, host: np.ndarray[Any, Any], out: Array) -> None:
+        """Returns when the host array may change again."""
+        with self.accelerator.guard():
+            self.accelerator.copy(_tensor(host), out).wait()
+
+    def download(self, array: Array) -> np.ndarray[Any, Any]:
+        with self.accelerator.guard():
+            host: np.ndarray[Any, Any] = array.to("cpu", copy=True).numpy()
+        return host
+
+    def load_weight(self, weight: PackedWeight, lookup: bool = False) -> Weight:  # noqa: ARG002 (one layout for all)
+        nbytes = self.weight_nbytes(weight.format, weight.shape)
+        memory, packed = self._bytes(nbytes), np.empty(nbytes, np.uint8)
+        self.pack_weight(weight, packed)
+        self.write(packed, memory)
+        return self.bind_weight(weight.format, weight.shape, memory)
+
+    def weight_nbytes(self, format: Format, shape: tuple[int, ...]) -> int:
+        return layouts.weight_nbytes(format, shape)
+
+    def pack_weight(self, weight: PackedWeight, out: HostBytes) -> None:
+        layouts.pack(weight, out)
+
+    def bind_weight(self, format: Format, shape: tuple[int, ...], memory: Array) -> Weight:
+        return Weight(format, shape, memory.nbytes, layouts.bind(format, shape, memory))
+
+    def host_buffer(self, nbytes: int) -> HostBytes:
+        return self.accelerator.host_buffer(nbytes)
+
+    def fetch(self, host: HostBytes, out: Array) -> Fetch:
+        with self.accelerator.guard():
+            return self.accelerator.fetch(_tensor(host), out)
+
+    # ops
+
+    def step(self, segment: object, batch: ForwardBatch, tables: Sequence[KVTables], ops: Callable[[], None]) -> None:
+        with self.accelerator.guard():
+            self.accelerator.use()
+            self._steps.begin(batch, tables)
+            here = self._steps.batch(batch)
+            if here.repeats:
+                self._graphs.run((segment, here.shape), ops)
+            else:
+                ops()
+
+    def forget_steps(self) -> None:
+        self._graphs.clear()
+
+    def embed(self, batch: ForwardBatch, table: Weight, scale: float, out: Array) -> None:
+        linear.embed(self._steps.batch(batch).token_ids, table.handle, scale, out)
+
+    def norm_linear(self, x: Array, norm: Norm | None, linears: tuple[Linear, ...], outs: tuple[Array, ...]) -> None:
+        (y,) = self._take((x.shape, self.accelerator.half))
+        fused.norm(x, norm, y)
+        products = [linear.Product(each.weight.handle, each.bias, out) for each, out in zip(linears, outs, strict=True)]
+        linear.linears(y, products, self._splits)
+
+    def gate_up(
+        self, x: Array, norm: Norm | None, gate: Linear | None, up: Linear, activation: Activation, out: Array
+    ) -> None:
+        (y,) = self._take((x.shape, self.accelerator.half))
+        fused.norm(x, norm, y)
+        linear.gate_up(
+            y,
+            gate.weight.handle if gate else None,
+            up.weight.handle,
+            activation,
+            out,
+            gate_bias=gate.bias if gate else None,
+            up_bias=up.bias,
+            scratch=self._splits,
+        )
+
+    def linear_add(self, x: Array, linear_: Linear, post_norm: Norm | None, residual: Array) -> None:
+        between = residual.shape if post_norm else (0,)
+        y, out = self._take((x.shape, self.accelerator.half), (between, torch.float32))
+        fused.norm(x, None, y)
+        if post_norm is None:
+            linear.linear(y, linear_.weight.handle, linear_.bias, residual, accumulate=True, scratch=self._splits)
+        else:
+            linear.linear(y, linear_.weight.handle, linear_.bias, out, scratch=self._splits)
+            fused.norm_add(out, post_norm, residual)
+
+    def moe_add(self, x: Array, norm: Norm | None, experts: Experts, post_norm: Norm | None, residual: Array) -> None:
+        n, (count, ff, hidden) = len(x), experts.up.shape
+        y, router, out, rest = self._take(
+            (x.shape, self.accelerator.half),
+            ((n, count), torch.float32),
+            (residual.shape, torch.float32),
+            ((moe.scratch_bytes(n, count, experts.top_k, hidden, ff),), torch.uint8),
+        )
+        fused.norm(x, norm, y)
+        linear.linear(y, experts.router.weight.handle, experts.router.bias, router, scratch=self._splits)
+        weights = experts.gate.handle, experts.up.handle, experts.down.handle
+        moe.moe(y, router, *weights, experts.top_k, experts.normalize, experts.activation, out, rest)
+        fused.norm_add(out, post_norm, residual)
+
+    def attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        batch: ForwardBatch,
+        params: AttentionParams,
+        cache: KVLayer,
+        tables: KVTables,
+        out: Array,
+    ) -> None:
+        here, table = self._steps.batch(batch), self._steps.tables(batch, tables)
+        extent = here.extent
+        need = attention.scratch_bytes(params, extent.sequences, extent.max_context)
+        turned, rest = self._take((q.shape, attention.query_dtype(cache.kv_type)), ((need // 4,), torch.float32))
+        fused.rope_write(q, k, v, here.positions, params, cache, table.slots, turned)
+        sizes = here.query_start, here.context_lens, table.block_table
+        attention.attention(turned, *sizes, params, cache, out, rest, extent)
+
+    def logits(
+        self, x: Array, rows: IntArray, norm: Norm, head: Linear, scale: float, softcap: float | None, out: Array
+    ) -> None:
+        self.accelerator.use()
+        (y,) = self._take(((len(rows), x.shape[1]), self.accelerator.half))
+        fused.rows(x, self._steps.rows(rows), norm, y)
+        linear.linear(y, head.weight.handle, head.bias, out, scratch=self._splits)
+        fused.logits_finish(out, scale, softcap)
+
+    def _take(self, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
+        """Arrays in the scratch, until the next op."""
+        places, total = [], 0
+        for shape, dtype in wanted:
+            nbytes = math.prod(shape) * dtype.itemsize
+            places.append((total, nbytes))
+            total += -(-nbytes // layouts.ALIGNMENT) * layouts.ALIGNMENT
+        if total > len(self._scratch):
+            self._scratch = self._bytes(total)
+        return [
+            self._scratch[start : start + nbytes].view(dtype).view(shape)
+            for (start, nbytes), (shape, dtype) in zip(places, wanted, strict=True)
+        ]
+
+
+def _tensor(host: np.ndarray[Any, Any]) -> torch.Tensor:
+    """A tensor over the same memory; torch wants none that must not be written."""
+    return torch.from_numpy(host if host.flags.writeable else host.copy())

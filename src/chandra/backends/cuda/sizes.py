@@ -1,0 +1,64 @@
+"""How many bytes the backend keeps for itself, known without a GPU, torch or Triton.
+
+The kernels' modules have the same figures from the shapes they launch with; a test compares them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from chandra.backends.cuda.layouts import ALIGNMENT
+
+HALF, FLOAT, INT = 2, 4, 4
+_PLACES = 2048  # partial sums of products that are kept, on any GPU of up to 256 multiprocessors
+_UNPACKED = 32 << 20  # a piece of a weight that is unpacked for long prefills
+_SHORT, _LONG, _SHORT_SPLITS = 256, 1024, 32  # tokens of a split of attention, near the start and after it
+_EXPERT_ROWS = 128  # of a tile of one expert, at most
+
+
+def context_bucket(context: int) -> int:
+    """The context that grids are made for: there are few, so that few recordings serve all steps."""
+    return max(_SHORT, 1 << (context - 1).bit_length())
+
+
+class Scratch(NamedTuple):
+    """What a backend keeps for itself: `ops`, bytes that its ops use in turn; `ints`, int32 values of a step."""
+
+    ops: int = 0
+    ints: int = 1 << 12
+
+    @property
+    def nbytes(self) -> int:
+        """With the partial sums of products, and a piece of a weight that is unpacked."""
+        return self.ops + INT * self.ints + _PLACES * (INT + 32 * 16 * FLOAT) + _UNPACKED
+
+
+def step_ints(rows: int, sequences: int, blocks: int, groups: int, logit_rows: int) -> int:
+    """int32 values that describe a step, each array padded to 4. `blocks`: of the longest sequence; `groups`: of
+    layers."""
+    sizes = [rows, rows, sequences + 1, sequences, logit_rows, *[sequences * blocks, rows] * groups]
+    return sum(-(-size // 4) * 4 for size in sizes)
+
+
+def linear_bytes(rows: int, width: int, out: int) -> int:
+    """A product's input in 16 bits and, if `out`, its output before a norm."""
+    return _aligned(HALF * rows * width) + _aligned(FLOAT * rows * out)
+
+
+def attention_bytes(rows: int, heads: int, head_dim: int, sequences: int, context: int) -> int:
+    """Queries as the cache's type wants them, and what the splits of decodes found."""
+    context, short = context_bucket(context), _SHORT * _SHORT_SPLITS
+    splits = -(-context // _SHORT) if context <= short else _SHORT_SPLITS + -(-(context - short) // _LONG)
+    return _aligned(FLOAT * rows * heads * head_dim) + _aligned(FLOAT * sequences * splits * heads * (head_dim + 2))
+
+
+def moe_bytes(rows: int, experts: int, top_k: int, hidden: int, ff: int) -> int:
+    """The input in 16 bits, the router's logits, the output, and what `moe` keeps."""
+    slots = rows * top_k
+    tiles = INT * (min(slots, experts) * (_EXPERT_ROWS + 1) + 2 * slots)
+    inner = slots * (2 * INT + HALF * ff + FLOAT * hidden) + tiles + 6 * ALIGNMENT
+    return linear_bytes(rows, hidden, hidden) + _aligned(FLOAT * rows * experts) + inner
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
