@@ -12,13 +12,13 @@ from chandra.backends.cuda.layouts import ALIGNMENT
 HALF, FLOAT, INT = 2, 4, 4
 _PLACES = 2048  # partial sums of products that are kept, on any GPU of up to 256 multiprocessors
 _UNPACKED = 32 << 20  # a piece of a weight that is unpacked for long prefills
-_SHORT, _LONG, _SHORT_SPLITS = 256, 1024, 32  # tokens of a split of attention, near the start and after it
+_SHORT, _LONG, _SHORT_SPLITS = 128, 512, 32  # tokens of a split of attention, near the start and after it
 _EXPERT_ROWS = 128  # of a tile of one expert, at most
 
 
 def context_bucket(context: int) -> int:
     """The context that grids are made for: there are few, so that few recordings serve all steps."""
-    return max(_SHORT, 1 << (context - 1).bit_length())
+    return max(256, 1 << (context - 1).bit_length())
 
 
 class Scratch(NamedTuple):
