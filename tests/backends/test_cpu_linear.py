@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import functools
 import itertools
+import mmap
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from chandra.backends.cpu.backend import CpuBackend
+from chandra.memory.device import Device
 from chandra.ops.contracts import Linear, Norm, Weight
-from chandra.quant import Format, formats, get_format
+from chandra.quant import Format, PackedWeight, formats, get_format
+from chandra.quant.base import BlockFormat
 
 _cpu = pytest.importorskip("chandra.backends.cpu._cpu")
 
 FLOATS = ("F32", "F16", "BF16", "nf4", "nf4-dq")
 SEED = secrets.randbits(32)
+BLOCKED = [fmt for fmt in formats() if isinstance(fmt, BlockFormat)]
 BATCHES = (1, 2, 3, 5, 8, 16, 17, 33, 130)
 
 
@@ -236,3 +243,31 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError):  # noqa: PT011 the messages differ
             _cpu.norm_linear(x, use, (linear,), (out,))
+
+
+@pytest.mark.parametrize("fmt", BLOCKED, ids=lambda fmt: fmt.name)
+def test_a_weight_in_a_file_is_repacked_before_its_second_product(fmt: Format, tmp_path: Path) -> None:
+    """Two threads compute with it meanwhile; the pages of the file leave the process."""
+    shape = (37 * 16 + 5, shapes(fmt)[2][1])
+    parts, _ = packed(fmt.name, shape)
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(24) + parts["data"].tobytes())
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
+    mapped = np.frombuffer(mapping, np.uint8, offset=24).reshape(parts["data"].shape)
+    device = Device("cpu", "cpu", 1 << 30)
+    weight = CpuBackend(device).load_weight(PackedWeight(fmt, shape, {"data": mapped}))
+    assert weight.handle.in_place
+    assert weight.nbytes == _cpu.repacked_nbytes(fmt.name, shape)
+    x = np.random.default_rng(SEED).standard_normal((3, shape[1]), np.float32)
+    right = product(make(fmt, shape)[0], x)
+    assert np.array_equal(product(weight, x), right)
+    assert weight.handle.in_place
+    with ThreadPoolExecutor(2) as pool:
+        assert all(np.array_equal(out, right) for out in pool.map(lambda _: product(weight, x), range(8)))
+    assert not weight.handle.in_place
+    assert weight.nbytes == _cpu.repacked_nbytes(fmt.name, shape)
+    assert np.array_equal(mapped, parts["data"])  # read again
+    copied = CpuBackend(device).load_weight(PackedWeight(fmt, shape, {"data": mapped.copy()}))
+    assert not copied.handle.in_place
+    assert CpuBackend(device).load_weight(PackedWeight(fmt, shape, {"data": mapped}), lookup=True).handle.in_place

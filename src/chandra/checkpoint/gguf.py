@@ -61,9 +61,9 @@ class StringArray(Sequence[str]):
         self._data = data
         self._starts = starts  # of each string's length, and the end of the last
 
-    def raw(self) -> tuple[bytes, NDArray[np.int64], NDArray[np.int64]]:
+    def raw(self) -> tuple[bytes, NDArray[np.uint64], NDArray[np.uint64]]:
         """A copy of the bytes that hold all strings, and where each begins and ends in it."""
-        starts = np.array(self._starts, np.int64) - self._starts[0]
+        starts = np.frombuffer(self._starts, np.uint64) - self._starts[0]
         return bytes(self._data[self._starts[0] : self._starts[-1]]), starts[:-1] + 8, starts[1:]
 
     def __len__(self) -> int:
@@ -148,8 +148,9 @@ class _Cursor:
             for _ in range(count):  # many: the checks come after
                 at += 8 + unpack(data, at)[0]
                 starts.append(at)
-        lengths = np.diff(np.array(starts)) - 8
-        wrong = np.flatnonzero((lengths > MAX_STRING) | (np.array(starts[1:]) > len(data)))
+        ends = np.array(starts)
+        lengths = np.diff(ends) - 8
+        wrong = np.flatnonzero((lengths > MAX_STRING) | (ends[1:] > len(data)))
         if len(wrong) or len(lengths) < count:
             self.at = starts[wrong[0] if len(wrong) else -1]
             self.string(f"a string of {what}")  # finds the same and raises

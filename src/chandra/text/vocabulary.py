@@ -5,8 +5,9 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,14 @@ class Strings:
     def __len__(self) -> int:
         return len(self.ends)
 
+    def __iter__(self) -> Iterator[bytes]:
+        def some(start: int) -> Iterator[bytes]:  # not all at once: a hundred bytes each while they last
+            stop = start + 4096
+            slices = map(slice, self.begins[start:stop].tolist(), self.ends[start:stop].tolist())
+            return map(self.text.__getitem__, slices)
+
+        return chain.from_iterable(map(some, range(0, len(self), 4096)))
+
 
 class StringIndex:
     """Positions of strings (as UTF-8), found by hash alone: 12 bytes a string, whatever its length.
@@ -49,8 +58,7 @@ class StringIndex:
     """
 
     def __init__(self, strings: Strings) -> None:
-        slices = map(slice, strings.begins.tolist(), strings.ends.tolist())
-        hashes = np.fromiter(map(hash, map(strings.text.__getitem__, slices)), np.int64, len(strings))
+        hashes = np.fromiter(map(hash, strings), np.int64, len(strings))
         order = np.argsort(hashes, kind="stable").astype(np.int32)
         self._hashes = array("q", hashes[order].tobytes())  # plain arrays: bisect reads them faster than numpy's
         self._positions = array("i", order.tobytes())

@@ -53,7 +53,12 @@ def attention_scratch_bytes(
 class Weight:
     @overload
     def __init__(
-        self, format: str, shape: tuple[int, ...], parts: dict[str, NDArray[Any]], repack: bool = True
+        self,
+        format: str,
+        shape: tuple[int, ...],
+        parts: dict[str, NDArray[Any]],
+        repack: bool = True,
+        later: bool = False,
     ) -> None: ...
     @overload
     def __init__(self, format: str, shape: tuple[int, ...], panels: NDArray[Any]) -> None: ...

@@ -74,7 +74,8 @@ class CpuBackend(Backend):
         return True
 
     def load_weight(self, weight: PackedWeight, lookup: bool = False) -> Weight:
-        """Repacked into panels, unless only rows are looked up: then it stays where it is."""
+        """Repacked into panels, unless only rows are looked up: then it stays where it is. What lies in a
+        mapped file is repacked before its second product: the first token need not wait for that."""
         kernel = registry.find("linear", weight.format.name, "cpu", weight.shape)
         handle = make_weight(weight, kernel, repack=not lookup)
         return Weight(weight.format, weight.shape, handle.nbytes, handle)

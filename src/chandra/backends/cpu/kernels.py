@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,15 @@ def make_weight(weight: PackedWeight, kernel: Kernel, repack: bool) -> _cpu.Weig
     """The weight as its kernel wants it: in memory of its own, or (not `repack`) where it is if that can be."""
     if kernel.name == UNPACKED:
         return _cpu.Weight("F32", weight.shape, {"data": weight.unpack().numpy().view(np.uint8)}, True)
-    return _cpu.Weight(weight.format.name, weight.shape, dict(weight.parts), repack)
+    later = all(map(_is_mapped, weight.parts.values()))
+    return _cpu.Weight(weight.format.name, weight.shape, dict(weight.parts), repack, later)
+
+
+def _is_mapped(array: np.ndarray[Any, Any]) -> bool:
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base, memoryview) and isinstance(base.obj, mmap.mmap)
 
 
 def _has_panels(form: Format) -> Any:

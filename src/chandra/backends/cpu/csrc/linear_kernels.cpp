@@ -4,6 +4,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "pack_panel.h"
 #include "panel_simd_x86.h"
 #include "panels.h"
 
@@ -337,18 +338,31 @@ constexpr Kernels make_kernels(const char* name) {
   add_float<S, panels::Bf16>(k, Layout::bf16);
   add_float<S, panels::Nf4>(k, Layout::nf4);
   add<S, panels::Q4_0>(k, Layout::q4_0);
+  k.pack[static_cast<int>(Layout::q4_0)] = pack_panel<rows::Q4_0>;
   add<S, panels::Q4_1>(k, Layout::q4_1);
+  k.pack[static_cast<int>(Layout::q4_1)] = pack_panel<rows::Q4_1>;
   add<S, panels::Q5_0>(k, Layout::q5_0);
+  k.pack[static_cast<int>(Layout::q5_0)] = pack_panel<rows::Q5_0>;
   add<S, panels::Q5_1>(k, Layout::q5_1);
+  k.pack[static_cast<int>(Layout::q5_1)] = pack_panel<rows::Q5_1>;
   add<S, panels::Q8_0>(k, Layout::q8_0);
+  k.pack[static_cast<int>(Layout::q8_0)] = pack_panel<rows::Q8_0>;
   add<S, panels::Q2_K>(k, Layout::q2_k);
+  k.pack[static_cast<int>(Layout::q2_k)] = pack_panel<rows::Q2_K>;
   add<S, panels::Q3_K>(k, Layout::q3_k);
+  k.pack[static_cast<int>(Layout::q3_k)] = pack_panel<rows::Q3_K>;
   add<S, panels::Q4_K>(k, Layout::q4_k);
+  k.pack[static_cast<int>(Layout::q4_k)] = pack_panel<rows::Q4_K>;
   add<S, panels::Q5_K>(k, Layout::q5_k);
+  k.pack[static_cast<int>(Layout::q5_k)] = pack_panel<rows::Q5_K>;
   add<S, panels::Q6_K>(k, Layout::q6_k);
+  k.pack[static_cast<int>(Layout::q6_k)] = pack_panel<rows::Q6_K>;
   add<S, panels::Iq4Nl>(k, Layout::iq4_nl);
+  k.pack[static_cast<int>(Layout::iq4_nl)] = pack_panel<rows::Q4_0>;
   add<S, panels::Iq4Xs>(k, Layout::iq4_xs);
+  k.pack[static_cast<int>(Layout::iq4_xs)] = pack_panel<rows::Iq4Xs>;
   add<S, panels::Mxfp4>(k, Layout::mxfp4);
+  k.pack[static_cast<int>(Layout::mxfp4)] = pack_panel<rows::Mxfp4>;
   add<S, panels::Int8>(k, Layout::int8);
   add<S, panels::Int4<32>>(k, Layout::int4_g32);
   add<S, panels::Int4<64>>(k, Layout::int4_g64);

@@ -59,8 +59,12 @@ PanelSize panel_size(Layout layout);
 // for. `activations`: ActBlock [columns / 32][tile] or float [columns][tile], columns padded to whole blocks.
 using TileKernel = void (*)(const uint8_t* panel, int64_t blocks, const void* activations, float* out);
 
+// Makes a panel of 16 stored rows that follow each other.
+using PackKernel = void (*)(const uint8_t* rows, int64_t row_bytes, uint8_t* panel);
+
 struct Kernels {
   const char* name;
+  PackKernel pack[kLayouts];  // of GGUF's quantized formats, otherwise null
   TileKernel tile[kLayouts][kTileWidths];
   // The weights of one row of a panel, `blocks` times panel_size().columns of them.
   void (*unpack[kLayouts])(const uint8_t* panel, int64_t blocks, int row, float* out);

@@ -93,17 +93,18 @@ void bind_pack_weight(const std::string& format, const nb::tuple& shape, const n
 
 // The weight and the arrays it reads: the stored parts, or panels in memory of others.
 struct Handle {
-  Handle(const std::string& format, const nb::tuple& shape, const nb::dict& parts, bool repack)
-      : Handle(read_source(format, read_shape(shape), parts), format, shape, parts, repack) {}
+  Handle(const std::string& format, const nb::tuple& shape, const nb::dict& parts, bool repack, bool later)
+      : Handle(read_source(format, read_shape(shape), parts), format, shape, parts,
+               !repack ? Repack::never : later ? Repack::later : Repack::now) {}
 
-  Handle(const Source& source, const std::string& format, const nb::tuple& shape, const nb::dict& parts, bool repack)
+  Handle(const Source& source, const std::string& format, const nb::tuple& shape, const nb::dict& parts, Repack when)
       : shape(shape), format(format) {
     const Shape s = read_shape(shape);
     for (auto [name, part] : parts) stored_bytes += Array(part).size() * Array(part).itemsize();
     const bool grows = source.unaligned_nf4;  // a panel of floats for every four bits
     {
       nb::gil_scoped_release release;
-      weight = std::make_unique<Weight>(source, s.experts, s.rows, repack && !grows);
+      weight = std::make_unique<Weight>(source, s.experts, s.rows, grows ? Repack::never : when);
     }
     if (weight->in_place()) kept = parts;
   }
@@ -116,7 +117,7 @@ struct Handle {
   }
 
   int64_t nbytes() const {
-    return weight->in_place() ? stored_bytes
+    return weight->in_place() && !weight->repacks() ? stored_bytes
                               : Weight::repacked_bytes(weight->layout(), weight->experts(), weight->rows(), weight->columns());
   }
   std::string kernel() const {
@@ -182,7 +183,12 @@ struct OptionalNorm {
 };
 
 const Weight* read_weight(nb::handle contract_weight) {
-  return nb::cast<Handle&>(get(contract_weight, names::handle())).weight.get();
+  const Weight* weight = nb::cast<Handle&>(get(contract_weight, names::handle())).weight.get();
+  if (weight->due()) {
+    nb::gil_scoped_release release;
+    weight->repack();
+  }
+  return weight;
 }
 Linear read_linear(nb::handle linear) {
   const Weight* weight = read_weight(get(linear, names::weight()));
@@ -302,8 +308,8 @@ void bind_logits(nb::handle x, nb::handle rows, nb::handle norm, nb::handle head
 
 void register_linear(nb::module_& m) {
   nb::class_<Handle>(m, "Weight", "A weight the kernels can multiply with: repacked into panels, or read in place.")
-      .def(nb::init<const std::string&, const nb::tuple&, const nb::dict&, bool>(), nb::arg("format"),
-           nb::arg("shape"), nb::arg("parts"), nb::arg("repack") = true,
+      .def(nb::init<const std::string&, const nb::tuple&, const nb::dict&, bool, bool>(), nb::arg("format"),
+           nb::arg("shape"), nb::arg("parts"), nb::arg("repack") = true, nb::arg("later") = false,
            "`parts` are numpy arrays as `Format.parts(shape)` describes them; they are kept only if `repack` is false. "
            "Raises ValueError if they do not fit or the CPU has no kernel for the format.")
       .def(nb::init<const std::string&, const nb::tuple&, nb::handle>(), nb::arg("format"), nb::arg("shape"),

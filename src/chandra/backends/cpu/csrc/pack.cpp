@@ -20,15 +20,10 @@ inline void put(uint8_t* out, int row, const uint8_t* bytes) {
   for (int i = 0; i < n / 4; ++i) std::memcpy(out + i * kVector + 4 * row, bytes + 4 * i, 4);
 }
 
-// Bit k of a block's 32 becomes bit k / 4 of byte k % 4.
-constexpr std::array<uint32_t, 256> kSpread = [] {
-  std::array<uint32_t, 256> table{};
-  for (uint32_t byte = 0; byte < 256; ++byte)
-    for (uint32_t k = 0; k < 8; ++k) table[byte] |= (byte >> k & 1u) << (8 * (k % 4) + k / 4);
-  return table;
-}();
 inline void put_bits(uint8_t* out, int row, const uint8_t* bits) {
-  put4(out, row, kSpread[bits[0]] | kSpread[bits[1]] << 2 | kSpread[bits[2]] << 4 | kSpread[bits[3]] << 6);
+  uint32_t four;
+  std::memcpy(&four, bits, 4);
+  put4(out, row, panels::spread(four));
 }
 
 // One block of one row, for every GGUF format.
@@ -259,6 +254,10 @@ int stored_block_bytes(Layout layout) {
 }
 
 void pack_rows(const Source& s, int64_t first, int64_t count, int at, uint8_t* panel) {
+  if (const PackKernel pack = kernels().pack[static_cast<int>(s.layout)]; pack && count == kPanelRows) {
+    const int64_t row_bytes = s.columns / panel_size(s.layout).columns * stored_block_bytes(s.layout);
+    return pack(s.data + first * row_bytes, row_bytes, panel);
+  }
   if (s.unaligned_nf4) return pack_unaligned_nf4(s, first, count, at, panel);
   switch (s.layout) {
     case Layout::f32: return pack_blocks<pack_f32>(s, first, count, at, panel);

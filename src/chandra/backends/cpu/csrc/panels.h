@@ -63,12 +63,20 @@ CHANDRA_INLINE void nibbles(const uint8_t* p, int part, typename S::B* w) {
     w[i + 4] = S::field(v, 4, 15);
   }
 }
-// Bit i of every byte is the fifth bit of vector i.
+// Bit 8 n + 4 h + j of a row's 32 becomes bit 4 h + n of byte j: two pairs of the bits of its index change places.
+template <class T>
+CHANDRA_INLINE T spread(T bits) {
+  T moved = ((bits >> 14u) ^ bits) & 0x0000ccccu;
+  bits ^= moved ^ moved << 14u;
+  moved = ((bits >> 7u) ^ bits) & 0x00aa00aau;
+  return bits ^ moved ^ moved << 7u;
+}
+// Bit i / 2 of every byte is the fifth bit of vector i for even i, bit 4 + i / 2 for odd i.
 template <class S>
 CHANDRA_INLINE void fifth_bits(const uint8_t* p, int part, typename S::B* w) {
   const auto v = bytes<S>(p, 0, part);
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) w[i] |= i < 4 ? S::field_up(v, 4 - i, 16) : S::field(v, i - 4, 16);
+  for (int i = 0; i < 8; ++i) w[i] |= i % 2 ? S::field(v, i / 2, 16) : S::field_up(v, 4 - i / 2, 16);
 }
 // A field of 8 vectors, shifted up into place.
 template <class S>

@@ -4,9 +4,13 @@
 #include <cpuid.h>
 #endif
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 #include <utility>
 
@@ -17,11 +21,35 @@
 namespace chandra {
 namespace {
 
+constexpr int64_t kPiece = 8 << 20;  // bytes of panels made before the pages they come from are dropped
+
 thread_local Buffer panel_scratch;
 
 void pack_panel(const Source& source, int64_t rows, int64_t expert, int64_t index, uint8_t* out) {
   const int64_t first = index * kPanelRows;
   pack_rows(source, expert * rows + first, std::min<int64_t>(kPanelRows, rows - first), 0, out);
+}
+
+// Panels [first, end), counted over all experts of so many rows, with all threads. `out` is where panel 0 begins.
+void pack_panels(const Source& source, int64_t rows, int64_t first, int64_t end, uint8_t* out, bool zeroed) {
+  const int64_t bytes = Weight::panel_bytes(source.layout, source.columns), panels = (rows + kPanelRows - 1) / kPanelRows;
+  const int64_t chunk = std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, bytes));
+  Pool::shared().run((end - first + chunk - 1) / chunk, [&](int64_t task, int) {
+    for (int64_t p = first + task * chunk; p < std::min(end, first + (task + 1) * chunk); ++p) {
+      if (!zeroed) std::memset(out + p * bytes, 0, static_cast<size_t>(bytes));
+      pack_panel(source, rows, p / panels, p % panels, out + p * bytes);
+    }
+  });
+}
+
+// Takes the whole pages of a mapped file between these addresses out of the process; returns where the rest begins.
+const uint8_t* drop_pages(const uint8_t* begin, const uint8_t* end) {
+  static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
+  const uintptr_t last = reinterpret_cast<uintptr_t>(end) / page * page;
+  if (first >= last) return begin;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+  return reinterpret_cast<const uint8_t*>(last);
 }
 
 constexpr std::array<std::pair<std::string_view, Layout>, 22> kFormats{{
@@ -73,34 +101,51 @@ int64_t Weight::repacked_bytes(Layout layout, int64_t experts, int64_t rows, int
 }
 
 void Weight::pack(const Source& source, int64_t experts, int64_t rows, uint8_t* out, bool zeroed) {
-  const int64_t bytes = panel_bytes(source.layout, source.columns), panels = (rows + kPanelRows - 1) / kPanelRows;
-  const int64_t all = experts * panels, chunk = std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, bytes));
-  Pool::shared().run((all + chunk - 1) / chunk, [&](int64_t task, int) {
-    for (int64_t p = task * chunk; p < std::min(all, (task + 1) * chunk); ++p) {
-      if (!zeroed) std::memset(out + p * bytes, 0, static_cast<size_t>(bytes));
-      pack_panel(source, rows, p / panels, p % panels, out + p * bytes);
-    }
-  });
+  pack_panels(source, rows, 0, experts * ((rows + kPanelRows - 1) / kPanelRows), out, zeroed);
 }
 
-Weight::Weight(const Source& source, int64_t experts, int64_t rows, bool repack)
-    : source_(source), experts_(experts), rows_(rows) {
+Weight::Weight(const Source& source, int64_t experts, int64_t rows, Repack when)
+    : source_(source), experts_(experts), rows_(rows), when_(when) {
   const PanelSize size = panel_size(layout());
   blocks_ = (columns() + size.columns - 1) / size.columns;
   panel_bytes_ = panel_bytes(layout(), columns());
-  if (!repack || experts * rows == 0 || blocks_ == 0) return;
-  panels_ = allocate_panels(static_cast<size_t>(repacked_bytes(layout(), experts, rows, columns())));
-  pack(source, experts, rows, panels_.get(), true);
+  if (experts * rows == 0 || blocks_ == 0) when_ = Repack::never;
+  if (when_ == Repack::later && !stored_block_bytes(layout())) when_ = Repack::now;
+  if (when_ != Repack::now) return;
+  memory_ = allocate_panels(static_cast<size_t>(repacked_bytes(layout(), experts, rows, columns())));
+  pack(source, experts, rows, memory_.get(), true);
+  panels_ = memory_.get();
   source_ = Source{.layout = source.layout, .rows = source.rows, .columns = source.columns};
 }
 
+void Weight::repack() const {
+  const std::lock_guard lock(repacking_);
+  if (!in_place()) return;
+  try {
+    memory_ = allocate_panels(static_cast<size_t>(repacked_bytes(layout(), experts_, rows_, columns())));
+  } catch (const std::bad_alloc&) {
+    return;
+  }
+  const int64_t row_bytes = columns() / panel_size(layout()).columns * stored_block_bytes(layout());
+  const int64_t all = experts_ * panels(), piece = std::max<int64_t>(1, kPiece / panel_bytes_);
+  const uint8_t* dropped = source_.data;
+  for (int64_t first = 0; first < all; first += piece) {
+    const int64_t end = std::min(all, first + piece);
+    pack_panels(source_, rows_, first, end, memory_.get(), true);
+    const int64_t rows = end / panels() * rows_ + end % panels() * kPanelRows;
+    dropped = drop_pages(dropped, source_.data + rows * row_bytes);
+  }
+  panels_.store(memory_.get(), std::memory_order_release);
+}
+
 Weight::Weight(Layout layout, int64_t experts, int64_t rows, int64_t columns, uint8_t* panels)
-    : Weight(Source{.layout = layout, .rows = experts * rows, .columns = columns}, experts, rows, false) {
-  panels_ = std::shared_ptr<uint8_t>(panels, [](uint8_t*) {});
+    : Weight(Source{.layout = layout, .rows = experts * rows, .columns = columns}, experts, rows, Repack::never) {
+  panels_ = panels;
 }
 
 const uint8_t* Weight::panel(int64_t expert, int64_t index) const {
-  if (panels_) return panels_.get() + (expert * panels() + index) * panel_bytes_;
+  if (const uint8_t* made = panels_.load(std::memory_order_acquire))
+    return made + (expert * panels() + index) * panel_bytes_;
   uint8_t* out = panel_scratch.reserve<uint8_t>(panel_bytes_);
   if ((index + 1) * kPanelRows > rows_) std::memset(out, 0, static_cast<size_t>(panel_bytes_));
   pack_panel(source_, rows_, expert, index, out);
@@ -110,7 +155,7 @@ const uint8_t* Weight::panel(int64_t expert, int64_t index) const {
 void Weight::unpack_row(int64_t row, float* out) const {
   const int within = static_cast<int>(row % rows_ % kPanelRows);
   const uint8_t* p;
-  if (panels_) {
+  if (!in_place()) {
     p = panel(row / rows_, row % rows_ / kPanelRows);
   } else {
     uint8_t* scratch = panel_scratch.reserve<uint8_t>(panel_bytes_);

@@ -1,8 +1,10 @@
 // A weight as the CPU kernels see it: panels, made once when it is loaded or anew in every call, or brought by others.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -30,6 +32,10 @@ int stored_block_bytes(Layout layout);
 // Writes rows [first, first + count) of the source as rows [at, at + count) of a panel.
 void pack_rows(const Source& source, int64_t first, int64_t count, int at, uint8_t* panel);
 
+// When the panels of a weight are made. `later`: before its second product, so that a model answers as soon as its file
+// is mapped; the source must be a file mapped privately and never written, whose pages are then dropped one by one.
+enum class Repack { never, now, later };
+
 class Weight {
  public:
   // The layout a format of chandra.quant has for rows of so many columns. Throws std::invalid_argument if none.
@@ -41,8 +47,8 @@ class Weight {
   // Writes all panels of a source to memory that `zeroed` says to hold zeros already.
   static void pack(const Source& source, int64_t experts, int64_t rows, uint8_t* out, bool zeroed);
 
-  // Rows of `source` are experts * rows. With `repack` the panels are made now and the source is not needed any more.
-  Weight(const Source& source, int64_t experts, int64_t rows, bool repack);
+  // Rows of `source` are experts * rows. With Repack::now the source is not needed any more.
+  Weight(const Source& source, int64_t experts, int64_t rows, Repack when);
   // Over repacked_bytes() of memory of the caller's that will hold panels when the weight is used.
   Weight(Layout layout, int64_t experts, int64_t rows, int64_t columns, uint8_t* panels);
   Weight(const Weight&) = delete;
@@ -55,7 +61,15 @@ class Weight {
   int64_t blocks() const { return blocks_; }  // of a panel
   int64_t panels() const { return (rows_ + kPanelRows - 1) / kPanelRows; }  // of an expert
   int64_t panel_bytes() const { return panel_bytes_; }
-  bool in_place() const { return !panels_; }
+  bool in_place() const { return !panels_.load(std::memory_order_acquire); }
+  bool repacks() const { return when_ != Repack::never; }
+
+  // To be asked once before each product: whether `repack` is to be called now.
+  bool due() const {
+    return when_ == Repack::later && in_place() && products_.fetch_add(1, std::memory_order_relaxed) > 0;
+  }
+  // Others may compute with the weight meanwhile. Where there is no memory, it stays in place.
+  void repack() const;
 
   // A panel, made in this thread's scratch memory if need be: good until the next call in this thread.
   const uint8_t* panel(int64_t expert, int64_t index) const;
@@ -65,7 +79,11 @@ class Weight {
  private:
   Source source_;
   int64_t experts_, rows_, blocks_, panel_bytes_;
-  std::shared_ptr<uint8_t> panels_;
+  Repack when_;
+  mutable std::mutex repacking_;
+  mutable std::atomic<int> products_{0};
+  mutable std::shared_ptr<uint8_t> memory_;
+  mutable std::atomic<const uint8_t*> panels_{nullptr};  // set once, when they are whole
 };
 
 }  // namespace chandra
