@@ -40,8 +40,15 @@ def _patch_tensor(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
-_patch_lang_tensor = interpreter._patch_lang_tensor
-interpreter._patch_lang_tensor = _patch_tensor
+def _patch_once(function: Any) -> Any:
+    """Functions that kernels call would patch the whole language again, a quarter of the time."""
+    languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+    fresh = any(tl.core.is_builtin(language.load) for language in languages)
+    return _patch_lang(function) if fresh else interpreter._LangPatchScope()
+
+
+_patch_lang, _patch_lang_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+interpreter._patch_lang, interpreter._patch_lang_tensor = _patch_once, _patch_tensor
 interpreter.InterpreterBuilder.create_dot = _dot
 _cast_impl = interpreter.InterpreterBuilder.cast_impl
 interpreter.InterpreterBuilder.cast_impl = _cast

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import secrets
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,13 @@ CHIP = linear.chip_of(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _seed() -> None:
+def _seed() -> Iterator[None]:
     print(f"seed {SEED}")
     torch.manual_seed(SEED)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # all is small here
+    yield
+    torch.set_num_threads(threads)
 
 
 @functools.cache
@@ -71,7 +76,7 @@ def test_products_match_float64(fmt: Format, scratch: torch.Tensor) -> None:
     check(fmt.name, 37, large, 16, torch.float16, scratch)
     check(fmt.name, 70, small, 40, torch.float16, scratch)
     check(fmt.name, 5, small, 3, torch.bfloat16, scratch)
-    check(fmt.name, 5, large, 17, torch.bfloat16, scratch)
+    check(fmt.name, 5, small, 17, torch.bfloat16, scratch)
 
 
 @pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.name)
@@ -170,8 +175,10 @@ def activated(y: torch.Tensor, activation: str) -> torch.Tensor:
     return functions[activation](y)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "sigmoid"])
-@pytest.mark.parametrize("gate_format", ["Q4_0", "Q8_0", None])
+@pytest.mark.parametrize(
+    ("activation", "gate_format"),
+    [("silu", "Q4_0"), ("gelu", "Q8_0"), ("gelu_tanh", "Q4_0"), ("relu", None), ("sigmoid", "Q8_0")],
+)
 def test_gate_and_up_are_one_product(activation: str, gate_format: str | None, scratch: torch.Tensor) -> None:
     up, up_exact = make("Q4_0", (40, 256))
     for n in (3, 20):
@@ -189,9 +196,9 @@ def test_gate_and_up_are_one_product(activation: str, gate_format: str | None, s
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize(("name", "n"), [("Q4_0", 1), ("Q8_0", 5), ("nf4-dq", 5), ("Q4_0", 18), ("BF16", 40)])
+@pytest.mark.parametrize(("name", "n"), [("Q4_0", 1), ("nf4-dq", 5), ("Q8_0", 18), ("BF16", 40)])
 def test_experts_match_float64(name: str, n: int, normalize: bool) -> None:
-    experts, hidden, ff, top_k = 6, 128, 192, 2
+    experts, hidden, ff, top_k = 4, 64, 128, 2
     weights = [make(name, shape) for shape in ((experts, ff, hidden), (experts, ff, hidden), (experts, hidden, ff))]
     (gate, g), (up, u), (down, d) = weights
     x, logits = torch.randn(n, hidden).half(), torch.randn(n, experts)
