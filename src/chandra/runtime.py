@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -143,8 +143,7 @@ def load(
         tokenizer = load_tokenizer(checkpoint)
         tokenizer.check_rows(spec.vocab_size)
         request = request.with_defaults(settings)
-        # Layers that do not fit on a device are computed by the CPU: streaming them is planned but not yet executed.
-        constraints = replace(request.constraints(), modes=("host",))
+        constraints = request.constraints()
         devices, machine = discover(request, settings)
         made = plan(plannable(stored.name, spec, checkpoint, constraints.format), devices, machine, constraints)
         ledger = _open_ledger(made)
@@ -225,6 +224,8 @@ def _load_weights(
         backends[made.embedding.device],
         tuple(backends[part.device] for part in made.layers),
         backends[made.head.device],
+        {int(part.name.split(".")[1]): backends[part.device] for part in made.experts},
+        {part.name: part.placement for part in made.parts()},
     )
     return load_decoder(
         checkpoint,

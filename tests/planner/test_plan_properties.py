@@ -26,16 +26,24 @@ def bytes_of(made: Plan, model: PlannableModel) -> dict[str, int]:
     """Bytes on each device, from the plan's parts and the limits that the engine will allocate by."""
     used: dict[str, int] = defaultdict(int)
     sizes = next(v for v in model.variants if v.label == made.format)
-    largest = max(sizes.packed.layer(i) for i in range(model.spec.num_layers))
+    small, small_experts = sizes.packed.small, sizes.packed.small_experts  # stays where it is used
+    copied: dict[str, list[float]] = defaultdict(list)
+    read: dict[str, list[float]] = defaultdict(list)
     used["cpu"] = 1 << 20  # the process
     for part in made.parts():
-        if part.placement != "disk":
-            used[part.device if part.placement == "resident" else "cpu"] += part.nbytes
-    for device in made.devices:
-        slow = [p.placement for p in made.parts() if p.device == device.name and p.placement in ("stream", "disk")]
-        staged = "stream" in slow or ("disk" in slow and device.name != "cpu")
-        used[device.name] += 2 * largest * staged
-    used["cpu"] += 2 * largest * any(p.placement in ("stream", "disk") for p in made.parts())
+        if part.placement in ("resident", "host"):
+            used[part.device] += part.nbytes
+            continue
+        index = int(part.name.split(".")[1])
+        stays = small_experts[index] if part.name.endswith("experts") else small[index]
+        used[part.device] += int(stays)
+        used["cpu"] += int(part.nbytes - stays) if part.placement == "stream" else 0
+        (copied if part.placement == "stream" else read)[part.device].append(part.nbytes - stays)
+    for name, layers in copied.items():
+        used[name] += int(2 * max(layers))
+    for name, layers in read.items():
+        used["cpu"] += int(min(2, len(layers)) * max(layers)) if name == "cpu" else int(2 * max(layers))
+        used[name] += 0 if name == "cpu" else int(max(layers))
     attention = [layer.attention for layer in model.spec.layers]
     groups = group_layers(attention, [part.device for part in made.layers])
     for group, blocks in zip(groups, made.num_blocks, strict=True):

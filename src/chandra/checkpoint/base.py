@@ -40,6 +40,10 @@ class Checkpoint(Protocol):
         """The tensor as a view of the mapped file (copy-on-write, so that it may be handed to torch)."""
         ...
 
+    def prefetch(self, name: str) -> None:
+        """Read this tensor's pages into memory now, before they are used; other threads run meanwhile."""
+        ...
+
     def release(self, name: str) -> None:
         """Tell the system that this tensor's pages are not needed any more."""
         ...

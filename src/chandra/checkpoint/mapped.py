@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from chandra.checkpoint.base import TensorInfo
 from chandra.errors import CheckpointError, ModelNotFound, UnsupportedError
+from chandra.memory.host import read_pages
 from chandra.quant import PackedWeight, get_format
 
 MAX_ENTRIES = 100_000  # tensors, and metadata keys, of a file
@@ -114,6 +115,13 @@ class MappedFile:
             raise damaged(self.path, f"the file had {self.size} bytes when it was opened and now has {size}")
         return np.frombuffer(self._map, np.uint8, nbytes, offset)
 
+    def prefetch(self, offset: int, nbytes: int) -> None:
+        """Read these bytes' pages into memory. Raises CheckpointError if the file has shrunk or cannot be read."""
+        try:
+            read_pages(self.array(offset, nbytes))
+        except OSError as error:
+            raise damaged(self.path, f"its bytes from {offset} on cannot be read: {error}") from None
+
     def release(self, offset: int, nbytes: int) -> None:
         """Drop the pages that lie wholly inside these bytes from the process; touched again, they are read again."""
         first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -175,6 +183,11 @@ class MappedCheckpoint:
         shape = info.shape or (1,)
         (part,) = packing.parts(shape)
         return PackedWeight(packing, shape, {part.name: file.array(offset, info.nbytes).reshape(part.shape)})
+
+    def prefetch(self, name: str) -> None:
+        """Read the tensor's pages into memory. Raises CheckpointError if that cannot be done."""
+        file, offset = self._place(name)
+        file.prefetch(offset, self.tensors[name].nbytes)
 
     def release(self, name: str) -> None:
         """Drop the tensor's pages from the process; views of it stay valid and are read again when touched."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from contextlib import suppress
 from functools import cache
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-_MADV_DONTNEED = 4
+_MADV_DONTNEED, _MADV_POPULATE_READ = 4, 22
 CACHE_LINE = 64
 
 
@@ -77,6 +78,17 @@ def return_free_memory() -> None:
     """Give what was freed, but is still kept for this process, back to the system (where malloc is glibc's)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def read_pages(mapped: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    """Bring the pages behind these bytes of a mapped file into memory, without holding the interpreter's lock. Raises
+    OSError if they cannot be read."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    start, end = mapped.ctypes.data // page * page, mapped.ctypes.data + mapped.nbytes
+    if _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_POPULATE_READ):
+        if ctypes.get_errno() != errno.EINVAL:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        mapped[::page].max()  # Linux before 5.14
 
 
 def usable_cores() -> int:

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from threading import Lock
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from chandra.errors import BudgetExceeded
-from chandra.memory.ledger import Kind, Ledger, Reservation
+from chandra.memory.ledger import Kind, Ledger
+from chandra.memory.plan import Placement
+from chandra.models.layers import DecoderLayer, layer_width
 from chandra.models.pipeline import MicroBatch, split, wavefront
-from chandra.models.spec import LayerSpec, ModelSpec
-from chandra.ops.contracts import (
-    Activation,
-    Array,
-    AttentionParams,
-    Backend,
-    Experts,
-    ForwardBatch,
-    KVView,
-    Linear,
-    Norm,
-    Weight,
-)
+from chandra.models.spec import ModelSpec
+from chandra.models.weight_stream import Mover, Stream
+from chandra.ops.contracts import Array, Backend, ForwardBatch, KVView, Linear, Norm, Weight
 
 FLOAT = 4  # bytes of an activation
 Hidden: TypeAlias = np.ndarray[Any, Any]  # the state between layers, (n, hidden_size), on the host
@@ -38,6 +31,8 @@ class Backends:
     embedding: Backend
     layers: tuple[Backend, ...]
     head: Backend
+    experts: Mapping[int, Backend] = field(default_factory=dict)  # of layers whose experts lie apart
+    placements: Mapping[str, Placement] = field(default_factory=dict)  # by `part_of`: of what is streamed, on disk
 
     @classmethod
     def all_on(cls, backend: Backend, num_layers: int) -> Backends:
@@ -45,15 +40,14 @@ class Backends:
 
     def distinct(self) -> list[Backend]:
         """Every backend once, in the order the hidden state visits them."""
-        return list({id(b): b for b in (self.embedding, *self.layers, self.head)}.values())
+        return list({id(b): b for b in self._path()}.values())
 
-
-def layer_width(layer: LayerSpec) -> int:
-    """float32 values of scratch that a layer needs per row. q, k, v and the attention's output are dead when the MLP
-    runs, unless both run in parallel."""
-    a, ff = layer.attention, layer.mlp.intermediate_size if not layer.mlp.num_experts else 0
-    attention = 2 * (a.num_heads + a.num_kv_heads) * a.head_dim
-    return attention + ff if layer.parallel else max(attention, ff)
+    def _path(self) -> Iterator[Backend]:
+        yield self.embedding
+        for index, backend in enumerate(self.layers):
+            yield backend
+            yield self.experts.get(index, backend)
+        yield self.head
 
 
 def workspace_bytes(spec: ModelSpec, layers: Iterable[int], max_rows: int, max_logit_rows: int = 0) -> int:
@@ -85,68 +79,25 @@ class Workspace:
         return views
 
 
-@dataclass(frozen=True, eq=False)
-class Mlp:
-    """A dense MLP."""
+class Piece(NamedTuple):
+    """A layer, or its attention or MLP where they lie apart: `run` is that method of `DecoderLayer`."""
 
-    gate: Linear | None
-    up: Linear
-    down: Linear
-    activation: Activation
-
-
-@dataclass(frozen=True, eq=False)
-class DecoderLayer:
-    """One layer's weights and the calls that compute it."""
-
-    spec: LayerSpec
-    index: int
-    input_norm: Norm
-    qkv: tuple[Linear, Linear, Linear]
-    attention: AttentionParams
-    out: Linear
-    post_attention_norm: Norm | None
-    mlp_norm: Norm
-    mlp: Mlp | Experts
-    post_mlp_norm: Norm | None
-
-    @property
-    def places(self) -> tuple[tuple[int, int], ...]:
-        """Where q, k, v, the attention's output and the MLP's inner state lie in the scratch."""
-        a, ff = self.spec.attention, self.spec.mlp.intermediate_size
-        q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-        attention = ((0, q), (q, kv), (q + kv, kv), (q + 2 * kv, q))
-        if self.spec.mlp.num_experts:
-            return attention
-        return (*attention, (2 * (q + kv) if self.spec.parallel else 0, ff))
-
-    def forward(self, backend: Backend, x: Array, scratch: list[Array], batch: ForwardBatch, kv: KVView) -> None:
-        """Add this layer's attention and MLP to the hidden state x `(n, hidden)`."""
-        q, k, v, attended = scratch[:4]
-        parallel = self.spec.parallel
-        backend.norm_linear(x, self.input_norm, self.qkv, (q, k, v))
-        if parallel and isinstance(self.mlp, Mlp):
-            backend.gate_up(x, self.mlp_norm, self.mlp.gate, self.mlp.up, self.mlp.activation, scratch[4])
-        layer, tables = kv.layer(self.index), kv.tables(self.index)
-        backend.attention(q, k, v, batch, self.attention, layer, tables, attended)
-        backend.linear_add(attended, self.out, self.post_attention_norm, x)
-        if isinstance(self.mlp, Experts):
-            backend.moe_add(x, self.mlp_norm, self.mlp, self.post_mlp_norm, x)
-            return
-        if not parallel:
-            backend.gate_up(x, self.mlp_norm, self.mlp.gate, self.mlp.up, self.mlp.activation, scratch[4])
-        backend.linear_add(scratch[4], self.mlp.down, self.post_mlp_norm, x)
+    layer: DecoderLayer
+    run: Callable[[DecoderLayer, Backend, Array, list[Array], ForwardBatch, KVView], None]
+    places: tuple[tuple[int, int], ...]
+    stream: Stream[DecoderLayer] | None  # that has its weights
 
 
 @dataclass(eq=False)
 class Segment:
-    """A run of work on one backend: perhaps the embedding, some layers, perhaps the logits."""
+    """A run of work on one backend: perhaps the embedding, some layers, perhaps the logits. All of its layers are
+    streamed, or none."""
 
     backend: Backend
-    layers: list[DecoderLayer] = field(default_factory=list)
-    places: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     embeds: bool = False
     scores: bool = False
+    streamed: bool = False
 
 
 class Decoder:
@@ -163,19 +114,19 @@ class Decoder:
         ledger: Ledger,
         max_rows: int,
         max_logit_rows: int,
-        reservations: Iterable[Reservation],
+        mover: Mover,
         micro_rows: int = 0,
+        streams: Mapping[str, Stream[DecoderLayer]] | None = None,
     ) -> None:
-        self.spec, self.backends, self.micro_rows = spec, backends, micro_rows
-        self.embedding, self.layers, self.norm, self.head = embedding, tuple(layers), norm, head
-        self.max_logit_rows = max_logit_rows
-        self._reservations = list(reservations)
+        self.spec, self.backends, self.streams = spec, backends, dict(streams or {})
+        self.micro_rows = 0 if self.streams or backends.experts else micro_rows
+        self.embedding, self.layers, self.norm, self.head = embedding, list(layers), norm, head
+        self.max_logit_rows, self._mover = max_logit_rows, mover
         self._workspaces: dict[int, Workspace] = {}
         self._workspace_reservations = {
             backend.device.name: ledger.reserve(backend.device.name, Kind.WORKSPACE, 0)
             for backend in backends.distinct()
         }
-        self._reservations += self._workspace_reservations.values()
         try:
             self.resize(max_rows)
         except BaseException:
@@ -220,44 +171,54 @@ class Decoder:
         rows, logit_rows = len(batch.token_ids), len(batch.logit_rows)
         if rows > self.max_rows or logit_rows > self.max_logit_rows:
             raise ValueError(f"a batch of {rows} rows, {logit_rows} of them wanted, is more than was planned for")
-        segments = [s for s in self._segments if logit_rows or s.layers or s.embeds]
+        segments = [s for s in self._segments if logit_rows or s.pieces or s.embeds]
+        stays = [a.backend is b.backend for a, b in pairwise(segments)] + [True]
         parts = split(batch, kv, self.micro_rows) if self.micro_rows and len(segments) > 1 else []
         if len(parts) > 1:
-            wavefront([partial(self._pass, segment, segment is segments[-1]) for segment in segments], parts)
+            wavefront([partial(self._pass, *stage) for stage in zip(segments, stays, strict=True)], parts)
             if logit_rows:
                 self._score(self._workspaces[id(self.backends.head)].hidden[:rows], batch)
         else:
             hidden = None
-            for segment in segments:
-                hidden = self._visit(segment, segment is segments[-1], batch, kv, 0, hidden)
+            for segment, stay in zip(segments, stays, strict=True):
+                hidden = self._visit(segment, stay, batch, kv, 0, hidden)
         if not logit_rows:
             return np.empty((0, self.spec.vocab_size), np.float32)
         return self.backends.head.download(self._logits(logit_rows))
 
-    def _pass(self, segment: Segment, last: bool, part: MicroBatch, hidden: Hidden | None) -> Hidden | None:
+    def _pass(self, segment: Segment, stay: bool, part: MicroBatch, hidden: Hidden | None) -> Hidden | None:
         with self._locks[id(segment.backend)]:
-            return self._visit(segment, last, part.batch, part, part.start, hidden)
+            return self._visit(segment, stay, part.batch, part, part.start, hidden)
 
     def _visit(
-        self, segment: Segment, last: bool, batch: ForwardBatch, kv: KVView, start: int, hidden: Hidden | None
+        self, segment: Segment, stay: bool, batch: ForwardBatch, kv: KVView, start: int, hidden: Hidden | None
     ) -> Hidden | None:
         """Do a segment for a batch, or for one's rows from `start` on. `hidden`: the state that the segment before has
-        left on the host; the result: this one's, unless it is the last."""
+        left on the host, None if it lies here; the result: this one's, None if it can `stay`."""
         backend, rows = segment.backend, slice(start, start + len(batch.token_ids))
         x = self._workspaces[id(backend)].hidden[rows]
         if hidden is not None:
             backend.write(hidden, x)
-        tables = {id(t): t for t in (kv.tables(layer.index) for layer in segment.layers)}
-        backend.step((segment, start), batch, tuple(tables.values()), partial(self._run, segment, x, batch, kv))
-        return None if last else backend.download(x)
+        run = partial(self._run, segment, x, batch, kv)
+        if segment.streamed:  # its layers do not lie where they lay in the step before
+            run()
+        else:
+            tables = {id(t): t for t in (kv.tables(piece.layer.index) for piece in segment.pieces)}
+            backend.step((segment, start), batch, tuple(tables.values()), run)
+        return None if stay else backend.download(x)
 
     def _run(self, segment: Segment, x: Array, batch: ForwardBatch, kv: KVView) -> None:
         """The ops of a segment on its hidden state."""
         backend, workspace = segment.backend, self._workspaces[id(segment.backend)]
         if segment.embeds:
             backend.embed(batch, self.embedding, self.spec.embedding_scale, x)
-        for layer, places in zip(segment.layers, segment.places, strict=True):
-            layer.forward(backend, x, workspace.scratch(len(x), places), batch, kv)
+        for layer, run, places, stream in segment.pieces:
+            scratch = workspace.scratch(len(x), places)
+            if stream is None:
+                run(layer, backend, x, scratch, batch, kv)
+            else:
+                run(stream.acquire(layer.index), backend, x, scratch, batch, kv)
+                stream.release(layer.index)
         if segment.scores and len(batch.logit_rows):
             self._score(x, batch)
 
@@ -273,20 +234,43 @@ class Decoder:
 
     def _cut(self) -> list[Segment]:
         """Runs of work that stay on one backend."""
-        backends = self.backends
-        embedding, *layers, head = (backends.embedding, *backends.layers, backends.head)
-        segments = [Segment(embedding, embeds=True)]
-        for layer, backend in zip(self.layers, layers, strict=True):
-            if backend is not segments[-1].backend:
-                segments.append(Segment(backend))
-            segments[-1].layers.append(layer)
-            segments[-1].places.append(layer.places)
-        if head is not segments[-1].backend:
-            segments.append(Segment(head))
-        segments[-1].scores = True
+        segments = [Segment(self.backends.embedding, embeds=True)]
+
+        def enter(backend: Backend, streamed: bool) -> Segment:
+            last = segments[-1]
+            if backend is not last.backend or streamed != last.streamed:
+                segments.append(Segment(backend, streamed=streamed))
+            return segments[-1]
+
+        for layer, backend in zip(self.layers, self.backends.layers, strict=True):
+            part, apart = f"layers.{layer.index}", self.backends.experts.get(layer.index)
+            works = [(part, backend, DecoderLayer.attend if apart else DecoderLayer.forward)]
+            if apart:
+                works.append((f"{part}.experts", apart, DecoderLayer.feed))
+            for name, where, run in works:
+                stream = self.streams.get(name)
+                enter(where, stream is not None).pieces.append(Piece(layer, run, layer.places, stream))
+        enter(self.backends.head, False).scores = True
         return segments
+
+    def demote(self, index: int) -> None:
+        """Compute a layer that lies in host memory from the mapped file from now on: slower, and its memory is given
+        back, but for that of two layers which pass through. Raises UnsupportedError, and changes nothing, for a layer
+        with which that cannot be done. Not during a step."""
+        self.layers[index] = self._mover.demote(index)
+        self.streams[f"layers.{index}"] = self._mover.mapped
+        self._segments = self._cut()
+
+    def promote(self, index: int) -> None:
+        """Load a demoted layer again. Raises BudgetExceeded, and changes nothing, if there is no room."""
+        self.layers[index] = self._mover.promote(index)
+        del self.streams[f"layers.{index}"]
+        self._segments = self._cut()
 
     def close(self) -> None:
         """Give the reservations back. The decoder must not be used after."""
-        for reservation in self._reservations:
+        for stream in self.streams.values():
+            stream.close()
+        self._mover.release()
+        for reservation in self._workspace_reservations.values():
             reservation.release()

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import numpy as np
 
 from chandra.checkpoint.base import Checkpoint
+from chandra.errors import UnsupportedError
 from chandra.memory.ledger import Kind, Ledger, Reservation
-from chandra.models.decoder import Backends, Decoder, DecoderLayer, Mlp
-from chandra.models.rope import inv_freq, rope_bytes
-from chandra.models.spec import AttentionSpec, ModelSpec, RopeSpec
-from chandra.models.tensors import Source, find_sources
+from chandra.memory.plan import Placement
+from chandra.models.build import LayerBuilder
+from chandra.models.decoder import Backends, Decoder
+from chandra.models.layers import DecoderLayer
+from chandra.models.spec import ModelSpec
+from chandra.models.tensors import Source, find_sources, part_of
 from chandra.models.transforms import concatenate, convert, floats, loading_bytes, take_rows
-from chandra.ops.contracts import AttentionParams, Backend, Experts, Linear, Norm, RopeParams
+from chandra.models.weight_stream import MappedStream, ReadStream, SlotStream, Stream
+from chandra.ops.contracts import Array, Backend, HostBytes, Linear, Weight
 from chandra.quant import Format, PackedWeight, get_format
 
+HOST = "cpu"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -42,22 +46,18 @@ def load_decoder(
     """
     sources = find_sources(spec, checkpoint)
     wanted = stored_formats(sources, checkpoint) | dict(formats or {})
-    loading = _Loading(checkpoint, spec, backends, ledger, context_length)
-    forms = {source.tensor.name: get_format(wanted[source.tensor.name]) for source in sources}
-    passing = {s.tensor.name: passing_bytes(s, forms[s.tensor.name], checkpoint) for s in sources}
-    total, done = sum(forms[s.tensor.name].nbytes(s.tensor.shape) for s in sources), 0
+    forms = {source: get_format(wanted[source.tensor.name]) for source in sources}
+    loading = Loader(checkpoint, spec, backends, ledger, context_length, forms)
+    passing = {source: passing_bytes(source, form, checkpoint) for source, form in forms.items()}
+    total, done = sum(form.nbytes(source.tensor.shape) for source, form in forms.items()), 0
     try:
-        for source in sorted(
-            sources, key=lambda s: -passing[s.tensor.name]
-        ):  # the most comes first, while there is room
-            name = source.tensor.name
-            nbytes = forms[name].nbytes(source.tensor.shape)
-            on_its_way = ledger.reserve("cpu", Kind.LOADING, passing[name])
+        for source in sorted(sources, key=lambda s: -passing[s]):  # the most comes first, while there is room
+            on_its_way = ledger.reserve(HOST, Kind.LOADING, passing[source])
             try:
-                loading.load(source, forms[name], nbytes)
+                loading.load(source)
             finally:
                 on_its_way.release()
-            done += nbytes
+            done += forms[source].nbytes(source.tensor.shape)
             if progress is not None:
                 progress(done, total)
         return loading.decoder(max_rows, max_logit_rows, micro_rows)
@@ -80,8 +80,28 @@ def stored_formats(sources: Iterable[Source], checkpoint: Checkpoint) -> dict[st
     }
 
 
-class _Loading:
-    """The state of one `load_decoder`."""
+class LayerImage:
+    """The weights of a layer one after another, in the layout of its device."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.nbytes = backend, 0
+        self.places: dict[str, tuple[Source, Format, slice]] = {}
+
+    def add(self, source: Source, form: Format) -> None:
+        start = self.nbytes
+        self.nbytes += self.backend.weight_nbytes(form, source.tensor.shape)
+        self.places[source.tensor.name] = source, form, slice(start, self.nbytes)
+
+    def bind(self, memory: Array) -> dict[str, Weight]:
+        """The weights over device memory that holds the image when they are used."""
+        return {
+            name: self.backend.bind_weight(form, source.tensor.shape, memory[place])
+            for name, (source, form, place) in self.places.items()
+        }
+
+
+class Loader:
+    """Brings tensors to their places, and layers from memory to the file and back while the model is in use."""
 
     def __init__(
         self,
@@ -90,49 +110,95 @@ class _Loading:
         backends: Backends,
         ledger: Ledger,
         context_length: int,
+        forms: Mapping[Source, Format],
     ) -> None:
-        self.checkpoint, self.spec, self.backends, self.ledger = checkpoint, spec, backends, ledger
-        self.context_length = context_length
-        self.loaded: dict[str, Any] = {}  # Weight, or float32 arrays of the backend
-        self.ropes: dict[tuple[RopeSpec, int], RopeParams] = {}
+        self.checkpoint, self.spec, self.backends, self.ledger, self.forms = checkpoint, spec, backends, ledger, forms
+        self.builder = LayerBuilder(spec, backends.layers, context_length, self._reserve)
+        self.loaded = self.builder.loaded
         self.reservations: dict[tuple[str, Kind], Reservation] = {}
+        self.mapped = MappedStream[DecoderLayer](self._touch, self._drop)
+        self._images: dict[int, LayerImage] = {}
+        self._hosts: dict[int, HostBytes] = {}
+        self._mapped: dict[int, list[Source]] = {}
+        self._pages = 0
+        for source, form in forms.items():
+            layer = source.tensor.layer
+            if layer is not None and source.tensor.packable and self._placement(source) in ("stream", "disk"):
+                backend = self._backend(source)
+                if backend.device.kind == "cpu":
+                    self._mapped.setdefault(layer, []).append(source)
+                else:
+                    self._images.setdefault(layer, LayerImage(backend)).add(source, form)
 
     def release(self) -> None:
+        self.mapped.close()
         for reservation in self.reservations.values():
             reservation.release()
 
-    def load(self, source: Source, form: Format, nbytes: int) -> None:
-        name = source.tensor.name
-        targets = {name: self._backend(source)}
-        if name == EMBEDDING and self.spec.tied_embeddings and self.backends.head is not self.backends.embedding:
-            targets[HEAD] = self.backends.head
-        separate_head = not self.spec.tied_embeddings or HEAD in targets
-        weight = self._read(source, form)
-        as_stored = form.name == self.checkpoint.tensors[source.names[0]].format and not source.joined
-        for key, backend in targets.items():
-            lookup = key == EMBEDDING and separate_head
-            kind = Kind.PAGE_CACHE if lookup and as_stored and backend.device.kind == "cpu" else Kind.WEIGHTS
-            self._reserve(backend, kind, nbytes)
-            if source.tensor.packable or source.tensor.role == "router":
-                self.loaded[key] = backend.load_weight(weight, lookup)
-                self._reserve(backend, kind, self.loaded[key].nbytes - nbytes)
-            else:
-                self.loaded[key] = backend.upload(weight.parts["data"].view(np.float32))
+    def load(self, source: Source) -> None:
+        tensor, placement = source.tensor, self._placement(source)
+        if tensor.packable and placement == "disk":
+            return
+        if tensor.packable and placement == "stream":
+            self._pack(source)
+        else:
+            self._load(source)
         for stored in source.names:
             self.checkpoint.release(stored)
 
-    def _backend(self, source: Source) -> Backend:
-        if source.tensor.layer is not None:
-            return self.backends.layers[source.tensor.layer]
-        return self.backends.embedding if source.tensor.role == "embedding" else self.backends.head
+    def _load(self, source: Source) -> None:
+        name, form = source.tensor.name, self.forms[source]
+        nbytes, targets = form.nbytes(source.tensor.shape), {name: self._backend(source)}
+        if name == EMBEDDING and self.spec.tied_embeddings and self.backends.head is not self.backends.embedding:
+            targets[HEAD] = self.backends.head
+        separate_head = not self.spec.tied_embeddings or HEAD in targets
+        weight = self._read(source)
+        for key, backend in targets.items():
+            lookup = key == EMBEDDING and separate_head
+            mapped = lookup and self._as_stored(source) and backend.device.kind == "cpu"
+            kind = Kind.PAGE_CACHE if mapped else Kind.WEIGHTS
+            self._reserve(backend.device.name, kind, nbytes)
+            if source.tensor.packable or source.tensor.role == "router":
+                self.loaded[key] = backend.load_weight(weight, lookup)
+                self._reserve(backend.device.name, kind, self.loaded[key].nbytes - nbytes)
+            else:
+                self.loaded[key] = backend.upload(weight.parts["data"].view(np.float32))
 
-    def _reserve(self, backend: Backend, kind: Kind, nbytes: int) -> None:
-        key = backend.device.name, kind
+    def _pack(self, source: Source) -> None:
+        """Into the image of its layer in host memory."""
+        assert source.tensor.layer is not None
+        image = self._images[source.tensor.layer]
+        host = self._hosts.get(source.tensor.layer)
+        if host is None:
+            self._reserve(HOST, Kind.WEIGHTS, image.nbytes)
+            host = self._hosts[source.tensor.layer] = image.backend.host_buffer(image.nbytes)
+        image.backend.pack_weight(self._read(source), host[image.places[source.tensor.name][2]])
+
+    def _backend(self, source: Source) -> Backend:
+        layer, part = source.tensor.layer, part_of(source.tensor, self.spec)
+        if layer is None:
+            return self.backends.embedding if part == "embedding" else self.backends.head
+        apart = self.backends.experts.get(layer) if part.endswith(".experts") else None
+        return apart or self.backends.layers[layer]
+
+    def _placement(self, source: Source) -> Placement:
+        part = part_of(source.tensor, self.spec)
+        if source.tensor.layer not in self.backends.experts:
+            part = part.removesuffix(".experts")
+        return self.backends.placements.get(part, "resident")
+
+    def _as_stored(self, source: Source) -> bool:
+        """Whether it can be used where it lies in the file."""
+        return self.forms[source].name == self.checkpoint.tensors[source.names[0]].format and not source.joined
+
+    def _reserve(self, device: str, kind: Kind, nbytes: int) -> None:
+        key = device, kind
         if key not in self.reservations:
             self.reservations[key] = self.ledger.reserve(*key, 0)
         self.reservations[key].resize(self.reservations[key].nbytes + nbytes)
 
-    def _read(self, source: Source, form: Format) -> PackedWeight:
+    def _read(self, source: Source) -> PackedWeight:
+        form = self.forms[source]
         if not source.tensor.packable:
             values = floats(self.checkpoint.read(source.names[0]), source.tensor.name) + np.float32(source.offset)
             if source.rows:
@@ -143,71 +209,131 @@ class _Loading:
         return weight if form.name == weight.format.name else convert(weight, form)
 
     def decoder(self, max_rows: int, max_logit_rows: int, micro_rows: int) -> Decoder:
-        loaded, backends = self.loaded, self.backends
+        loaded = self.loaded
+        layers, streams = self._layers()
         return Decoder(
             self.spec,
-            backends,
+            self.backends,
             loaded[EMBEDDING],
-            [self._layer(i) for i in range(self.spec.num_layers)],
-            self._norm("model.norm"),
+            layers,
+            self.builder.norm("model.norm"),
             Linear(loaded.get(HEAD, loaded[EMBEDDING])),
             self.ledger,
             max_rows,
             max_logit_rows,
-            tuple(self.reservations.values()),
+            self,
             micro_rows,
+            streams,
         )
 
-    def _layer(self, i: int) -> DecoderLayer:
-        layer, prefix = self.spec.layers[i], f"model.layers.{i}."
-        q, k, v, out = (self._linear(f"{prefix}self_attn.{x}_proj") for x in "qkvo")
-        if layer.post_norms:
-            mlp_norm = "pre_feedforward_layernorm"
-        else:
-            mlp_norm = "post_attention_layernorm" if layer.mlp_norm else "input_layernorm"
-        return DecoderLayer(
-            spec=layer,
-            index=i,
-            input_norm=self._norm(prefix + "input_layernorm"),
-            qkv=(q, k, v),
-            attention=self._attention(layer.attention, prefix, self.backends.layers[i]),
-            out=out,
-            post_attention_norm=self._norm(prefix + "post_attention_layernorm") if layer.post_norms else None,
-            mlp_norm=self._norm(prefix + mlp_norm),
-            mlp=self._experts(i) if layer.mlp.num_experts else self._mlp(i),
-            post_mlp_norm=self._norm(prefix + "post_feedforward_layernorm") if layer.post_norms else None,
-        )
+    # layers that are not where they are computed
 
-    def _linear(self, name: str) -> Linear:
-        return Linear(self.loaded[name + ".weight"], self.loaded.get(name + ".bias"))
+    def _layers(self) -> tuple[list[DecoderLayer], dict[str, Stream[DecoderLayer]]]:
+        """All layers, and the streams that bring some of them, by part."""
+        layers: dict[int, DecoderLayer] = {}
+        streams: dict[str, Stream[DecoderLayer]] = {}
+        for backend in {id(image.backend): image.backend for image in self._images.values()}.values():
+            images = {i: image for i, image in self._images.items() if image.backend is backend}
+            for make, held in ((self._slots, True), (self._reads, False)):
+                if mine := {i: image for i, image in images.items() if (i in self._hosts) == held}:
+                    stream, bound = make(backend, mine)
+                    streams |= {f"layers.{i}": stream for i in bound}
+                    layers |= bound
+        for i in self._mapped:
+            layers[i] = self._map(i)
+            streams[f"layers.{i}.experts" if i in self.backends.experts else f"layers.{i}"] = self.mapped
+        self._reserve_pages()
+        every = range(self.spec.num_layers)
+        return [layers[i] if i in layers else self.builder.layer(i) for i in every], streams
 
-    def _norm(self, name: str) -> Norm:
-        weight, bias = self.loaded[name + ".weight"], self.loaded.get(name + ".bias")
-        return Norm(weight, self.spec.norm_eps, self.spec.norm_kind, bias)
+    def _slots(
+        self, backend: Backend, images: dict[int, LayerImage]
+    ) -> tuple[Stream[DecoderLayer], dict[int, DecoderLayer]]:
+        largest = max(image.nbytes for image in images.values())
+        self._reserve(backend.device.name, Kind.STAGING, 2 * largest)
+        slots = [backend.empty((largest,), "uint8") for _ in range(2)]
+        layers = {i: [self.builder.layer(i, image.bind(slot)) for slot in slots] for i, image in images.items()}
+        stream = SlotStream(backend, {i: self._hosts[i] for i in images}, slots, layers)
+        return stream, {i: bound[0] for i, bound in layers.items()}
 
-    def _attention(self, a: AttentionSpec, prefix: str, backend: Backend) -> AttentionParams:
-        norms = [self._norm(f"{prefix}self_attn.{x}_norm") if a.qk_norm else None for x in "qk"]
-        rope = self._rope(a.rope, backend) if a.rope else None
-        return AttentionParams(
-            a.num_heads, a.num_kv_heads, a.head_dim, a.scale, a.window, a.softcap, rope, norms[0], norms[1]
-        )
+    def _reads(
+        self, backend: Backend, images: dict[int, LayerImage]
+    ) -> tuple[Stream[DecoderLayer], dict[int, DecoderLayer]]:
+        nbytes = {i: image.nbytes for i, image in images.items()}
+        largest = max(nbytes.values())
+        self._reserve(backend.device.name, Kind.STAGING, largest)
+        self._reserve(HOST, Kind.STAGING, 2 * largest)
+        buffers, slot = [backend.host_buffer(largest) for _ in range(2)], backend.empty((largest,), "uint8")
+        layers = {i: self.builder.layer(i, image.bind(slot)) for i, image in images.items()}
+        return ReadStream(backend, self._read_image, nbytes, buffers, slot, layers), layers
 
-    def _rope(self, rope: RopeSpec, backend: Backend) -> RopeParams:
-        key = (rope, id(backend))
-        if key not in self.ropes:
-            self._reserve(backend, Kind.WEIGHTS, rope_bytes([rope]))
-            frequencies = backend.upload(inv_freq(rope, self.context_length))
-            self.ropes[key] = RopeParams(frequencies, rope.attention_factor, rope.interleaved)
-        return self.ropes[key]
+    def _read_image(self, index: int, out: HostBytes) -> None:
+        image = self._images[index]
+        for source, _, place in image.places.values():
+            image.backend.pack_weight(self._read(source), out[place])
+            for stored in source.names:
+                self.checkpoint.release(stored)
 
-    def _mlp(self, i: int) -> Mlp:
-        spec, prefix = self.spec.layers[i].mlp, f"model.layers.{i}.mlp."
-        gate = self._linear(prefix + "gate_proj") if spec.gated else None
-        return Mlp(gate, self._linear(prefix + "up_proj"), self._linear(prefix + "down_proj"), spec.activation)
+    def _map(self, index: int) -> DecoderLayer:
+        """Let a layer be computed from the file. Raises UnsupportedError if it cannot."""
+        bound = {}
+        for source in self._mapped[index]:
+            weight, backend = self._read(source) if self._as_stored(source) else None, self._backend(source)
+            loaded = backend.load_weight(weight, lookup=True) if weight is not None else None
+            if weight is None or loaded is None or loaded.nbytes != weight.nbytes:
+                raise UnsupportedError(
+                    f"{source.tensor.name} cannot be used in the file: it lies in pieces, or is converted or unpacked",
+                    "leave out --disk, or use a GGUF file in the format you want",
+                )
+            bound[source.tensor.name] = loaded
+        layer = self.mapped.items[index] = self.builder.layer(index, bound)
+        return layer
 
-    def _experts(self, i: int) -> Experts:
-        spec, prefix = self.spec.layers[i].mlp, f"model.layers.{i}.mlp."
-        gate, up, down = (self.loaded[f"{prefix}experts.{x}_proj.weight"] for x in ("gate", "up", "down"))
-        router = self._linear(prefix + "gate")
-        top_k, normalize = spec.experts_per_token, spec.normalize_experts
-        return Experts(router, gate, up, down, top_k, normalize, spec.activation)
+    def _reserve_pages(self) -> None:
+        """For as many mapped layers as are in memory at a time."""
+        sizes = [sum(self.forms[s].nbytes(s.tensor.shape) for s in sources) for sources in self._mapped.values()]
+        pages = min(self.mapped.HELD, len(sizes)) * max(sizes, default=0)
+        self._reserve(HOST, Kind.STAGING, pages - self._pages)
+        self._pages = pages
+
+    def _touch(self, index: int) -> None:
+        for name in {name for s in self._mapped[index] if s.tensor.role != "experts" for name in s.names}:
+            self.checkpoint.prefetch(name)
+
+    def _drop(self, index: int) -> None:
+        for name in {name for source in self._mapped[index] for name in source.names}:
+            self.checkpoint.release(name)
+
+    def demote(self, index: int) -> DecoderLayer:
+        """Compute a layer that lies in host memory from the file from now on, and give its memory back. Raises
+        UnsupportedError, and changes nothing, if that cannot be done with it."""
+        sources = [s for s in self.forms if s.tensor.layer == index and s.tensor.packable]
+        if any(s.tensor.name not in self.loaded or self._backend(s).device.kind != "cpu" for s in sources):
+            raise UnsupportedError(f"the weights of layer {index} are not in host memory")
+        self._mapped[index] = sources
+        try:
+            layer = self._map(index)
+        except BaseException:
+            del self._mapped[index]
+            raise
+        for source in sources:
+            self._reserve(HOST, Kind.WEIGHTS, -self.loaded.pop(source.tensor.name).nbytes)
+        self._reserve_pages()
+        return layer
+
+    def promote(self, index: int) -> DecoderLayer:
+        """Load a layer that is computed from the file into host memory. Raises BudgetExceeded, and changes nothing, if
+        there is no room."""
+        sources = self._mapped[index]
+        try:
+            for source in sources:
+                self._load(source)
+        except BaseException:
+            for source in sources:
+                if (weight := self.loaded.pop(source.tensor.name, None)) is not None:
+                    self._reserve(HOST, Kind.WEIGHTS, -weight.nbytes)
+            raise
+        self.mapped.remove(index)
+        del self._mapped[index]
+        self._reserve_pages()
+        return self.builder.layer(index)

@@ -25,6 +25,20 @@ def tensor_table(spec: ModelSpec) -> tuple[TensorSpec, ...]:
     return tuple(table)
 
 
+def part_of(tensor: TensorSpec, spec: ModelSpec) -> str:
+    """The part of a plan that a tensor belongs to, where experts lie apart: their norms and router lie with them."""
+    if tensor.layer is None:
+        return "embedding" if tensor.role == "embedding" else "head"
+    layer, part = spec.layers[tensor.layer], f"layers.{tensor.layer}"
+    if not layer.mlp.num_experts:
+        return part
+    norms = ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    if not layer.post_norms:
+        norms = ["post_attention_layernorm"]
+    with_experts = tensor.role in ("router", "experts") or tensor.name.split(".")[3] in norms
+    return f"{part}.experts" if with_experts else part
+
+
 def _layer_table(spec: ModelSpec, layer: LayerSpec, i: int) -> Iterator[TensorSpec]:
     prefix, hidden = f"model.layers.{i}.", spec.hidden_size
     a, mlp = layer.attention, layer.mlp

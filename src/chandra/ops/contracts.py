@@ -150,7 +150,7 @@ class Fetch(Protocol):
     """A copy to a device that runs beside computation."""
 
     def wait(self) -> None:
-        """Ops issued from now on see the bytes. Raises what the copy raised."""
+        """Ops issued from now on see the bytes, and the host's may change. Raises what the copy raised."""
         ...
 
 
@@ -217,7 +217,7 @@ class Backend(ABC):
     @abstractmethod
     def fetch(self, host: HostBytes, out: Array) -> Fetch:
         """Begin to copy host bytes into device bytes of the same size. Ops issued before are done with `out` before it
-        is overwritten; the host bytes must not change until `Fetch.wait` has returned."""
+        is overwritten; copies are done in the order in which they were begun."""
 
     # ops
 

@@ -33,9 +33,10 @@ def assemble(found: Found, devices: Sequence[Device], reserve: int) -> Plan:
     w = candidate.workload
     groups = group_layers([x.attention for x in candidate.model.spec.layers], [part.device for part in layers])
     num_blocks = tuple(g.max_blocks(w.context, candidate.chunk, BLOCK_SIZE, w.parallel) for g in groups)
-    predictions = _predictions(candidate, parts, layers, len(groups))
+    predictions = _predictions(found, parts, layers, len(groups))
     predictions += _graphs(predictions, devices, reserve)
-    micro_rows = candidate.micro_rows(part.device for part in layers)
+    moved = experts or any(part.placement in ("stream", "disk") for part in layers)  # not more often than it must be
+    micro_rows = 0 if moved else candidate.micro_rows(part.device for part in layers)
     speed = _speed(candidate, layers, experts, head_device, micro_rows)
     host = next(device for device in devices if device.name == HOST)
     left = host.cap - reserve - sum(p.nbytes for p in predictions if p.device == HOST and p.kind != Kind.LOADING)
@@ -103,11 +104,12 @@ def _parts(found: Found) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
         device = offload.first or HOST
         if offload.mode == "experts":
             layers.append(Part(label, "resident", device, candidate.pieces(device).dense[index]))
-            nbytes = candidate.sizes.host.experts[index]
+            nbytes = (candidate.sizes.packed if on_disk else candidate.sizes.host).experts[index]
             experts.append(Part(f"{label}.experts", "disk" if on_disk else "host", HOST, nbytes))
         else:
             kept: Placement = "disk" if on_disk else offload.mode
-            layers.append(Part(label, kept, device, candidate.pieces(device).layer(index)))
+            pieces = candidate.sizes.packed if on_disk else candidate.pieces(device)
+            layers.append(Part(label, kept, device, pieces.layer(index)))
     return tuple(layers), tuple(experts)
 
 
@@ -118,31 +120,27 @@ def _loading(candidate: Candidate, parts: Sequence[Part], predictions: Sequence[
     return before + candidate.sizes.loading(on_host)
 
 
-def _predictions(
-    candidate: Candidate, parts: Sequence[Part], layers: Sequence[Part], groups: int
-) -> tuple[Prediction, ...]:
+def _predictions(found: Found, parts: Sequence[Part], layers: Sequence[Part], groups: int) -> tuple[Prediction, ...]:
+    candidate = found.candidate
     need: dict[tuple[str, Kind], int] = defaultdict(int)
     need[HOST, Kind.LOADING] = candidate.sizes.passing
-    staging = 0
     for part in parts:
-        if part.placement != "disk":
-            mapped = part.name == "embedding" and part.device == HOST and candidate.sizes.mapped
-            kind = Kind.PAGE_CACHE if mapped else Kind.WEIGHTS
-            need[part.device if part.placement == "resident" else HOST, kind] += part.nbytes
-        if part.placement in ("stream", "disk"):
-            staging = 2 * int(candidate.weights(part.device).max())
-        if part.placement == "stream" or (part.placement == "disk" and part.device != HOST):
-            need[part.device, Kind.STAGING] = staging
-    need[HOST, Kind.STAGING] += staging
+        mapped = part.name == "embedding" and part.device == HOST and candidate.sizes.mapped
+        kept = candidate.small(part) if part.placement in ("stream", "disk") else part.nbytes
+        need[part.device, Kind.PAGE_CACHE if mapped else Kind.WEIGHTS] += kept
+        if part.placement == "stream":
+            need[HOST, Kind.WEIGHTS] += part.nbytes - kept
+    if found.offload is not None:
+        device = found.offload.first or HOST
+        staging = candidate.staging(found.offload.mode, device, found.offload.disk_layers, found.split.off)
+        for where, nbytes in zip((device, HOST), staging, strict=True):
+            need[where, Kind.STAGING] += nbytes
     for part, nbytes in zip(layers, candidate.kv_need, strict=True):
         need[part.device, Kind.KV] += int(nbytes)
-    apart = any(part.name.endswith(".experts") for part in parts)
     need[HOST, Kind.WORKSPACE] = candidate.host_workspace((part.device for part in parts), groups)
     for device in {part.device for part in parts} | {HOST}:
         held = [i for i, part in enumerate(layers) if part.device == device]
         need[device, Kind.WEIGHTS] += candidate.ropes(held)
-        if device == HOST and apart:
-            held = list(range(len(layers)))
         if held or any(part.device == device for part in parts):
             need[device, Kind.WORKSPACE] += candidate.workspace(device, device == parts[-1].device, held)
         need[device, Kind.RUNTIME] += candidate.runtime(device)

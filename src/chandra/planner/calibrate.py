@@ -19,6 +19,7 @@ import numpy as np
 
 from chandra.backends import make_backend
 from chandra.backends.cuda.driver import usable_gpus
+from chandra.checkpoint import MappedFile
 from chandra.config import Settings
 from chandra.errors import DeviceError
 from chandra.memory.device import Device, parse_device
@@ -34,8 +35,8 @@ _log = logging.getLogger(__name__)
 # it grows by when it computes (stacks of threads, code of kernels, what malloc keeps).
 BASELINE, TOKEN, GROWTH = 46 << 20, 110, 4 << 20
 BASELINE_STEP = 2 << 20  # bytes: the process is never measured to the page, so that plans repeat
-QUICK = ("Q4_K", "Q6_K", "Q8_0", "F16")
-THOROUGH = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32", "int8", "nf4")
+QUICK = ("Q4_K", "Q5_0", "Q6_K", "Q8_0", "F16")
+THOROUGH = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32", "int8", "nf4")
 LAYERS = 16  # of which the overhead is measured
 FILE = "calibration.json"
 VERSION = 2  # of what is measured and of the kernels: raise it when an old calibration would mislead
@@ -66,7 +67,9 @@ def discover(request: PlanRequest, settings: Settings, vocab_size: int = 0) -> t
     taken = BASELINE + TOKEN * vocab_size if vocab_size else sum(resident_bytes())
     host = replace(machine.host, runtime=-(-(taken + GROWTH) // BASELINE_STEP) * BASELINE_STEP)
     measured = {d.name: p for d in devices if (p := machine.profiles.get(d.name.split("/")[0]))}
-    return devices, machine_with(replace(machine, profiles=measured | {"cpu": host}), devices)
+    cap = next(device.cap for device in devices if device.name == "cpu")
+    spare = max(0, memory_available() + sum(resident_bytes()) - cap)
+    return devices, machine_with(replace(machine, profiles=measured | {"cpu": host}, cache=spare), devices)
 
 
 def _gpus(request: PlanRequest) -> tuple[Device, ...]:
@@ -111,7 +114,8 @@ def calibrate(settings: Settings, quick: bool = False) -> Machine:
     rates = tuple((name, _rate(backend, name, 2 if quick else 5)) for name in (QUICK if quick else THOROUGH))
     host = Profile(rates, _layer_overhead(backend), None, ASSUMED_HOST.host.runtime)
     gpus = {} if quick else {gpu.name: _gpu_profile(gpu) for gpu in usable_gpus()}
-    machine = Machine({"cpu": host} | gpus, _disk_rate(settings.home, 32 << 20 if quick else 256 << 20))
+    disk, cached = _disk_rates(settings.home, 32 << 20 if quick else 256 << 20)
+    machine = Machine({"cpu": host} | gpus, disk, cached=cached)
     if not quick:
         machine = replace(machine, convert=_convert_rate())
     document = {"machine": _identity(settings), "date": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -134,23 +138,29 @@ def _identity(settings: Settings) -> dict[str, Any]:
 def _to_json(machine: Machine) -> dict[str, Any]:
     profiles = {
         name: {
-            "rates": {form: [rate.bandwidth, rate.macs] for form, rate in profile.rates},
+            "rates": {form: [rate.bandwidth, rate.macs, rate.mapped] for form, rate in profile.rates},
             "layer_overhead": profile.layer_overhead,
             "link": profile.link,
             "runtime": profile.runtime,
         }
         for name, profile in machine.profiles.items()
     }
-    return {"profiles": profiles, "disk": machine.disk, "convert": machine.convert}
+    return {
+        "profiles": profiles,
+        "disk": machine.disk,
+        "convert": machine.convert,
+        "cached": machine.cached,
+    }
 
 
 def _from_json(stored: dict[str, Any]) -> Machine:
     profiles = {}
     for name, known in stored["profiles"].items():
-        rates = tuple((form, Rate(*map(float, rate))) for form, rate in known["rates"].items())
+        rates = tuple((form, Rate(float(a), float(b), float(c))) for form, (a, b, c) in known["rates"].items())
         link = None if known["link"] is None else float(known["link"])
         profiles[name] = Profile(rates, float(known["layer_overhead"]), link, int(known["runtime"]))
-    return Machine(profiles, float(stored["disk"]), float(stored["convert"]))
+    disk, convert, cached = (float(stored[key]) for key in ("disk", "convert", "cached"))
+    return Machine(profiles, disk, convert, cached=cached)
 
 
 def _best(run: Callable[[], object], tries: int) -> float:
@@ -164,10 +174,10 @@ def _best(run: Callable[[], object], tries: int) -> float:
     return max(min(times), 1e-9)
 
 
-def _linear(backend: Backend, name: str, rows: int, columns: int) -> Linear:
+def _linear(backend: Backend, name: str, rows: int, columns: int, stored: bool = False) -> Linear:
     form, shape = get_format(name), (rows, columns)
     parts = {part.name: np.zeros(part.shape, part.dtype) for part in form.parts(shape)}
-    return Linear(backend.load_weight(PackedWeight(form, shape, parts)))
+    return Linear(backend.load_weight(PackedWeight(form, shape, parts), stored))
 
 
 def _rate(backend: Backend, name: str, tries: int, load: Load = HOST_LOAD) -> Rate:
@@ -185,7 +195,11 @@ def _rate(backend: Backend, name: str, tries: int, load: Load = HOST_LOAD) -> Ra
         return _best(lambda: _finish(backend, (name, rows), products, out), tries)
 
     decode = len(linears) * nbytes / run(1, linears)
-    return Rate(decode, 2 * load.rows * width**2 / run(load.rows, linears[:2]))
+    prefill = 2 * load.rows * width**2 / run(load.rows, linears[:2])
+    if backend.device.kind != "cpu":
+        return Rate(decode, prefill)
+    stored = [_linear(backend, name, width, width, stored=True) for _ in range(4)]
+    return Rate(decode, prefill, len(stored) * nbytes / run(1, stored))
 
 
 def _finish(backend: Backend, segment: object, ops: Callable[[], None], out: Array) -> None:
@@ -221,23 +235,24 @@ def _gpu_profile(device: Device) -> Profile:
     return Profile(rates, overhead, link, backend.context_bytes())
 
 
-def _disk_rate(folder: Path, nbytes: int) -> float:
-    """Bytes/s read from the disk of the store, without the page cache: of a model there, or of a file made for it."""
+def _disk_rates(folder: Path, nbytes: int) -> tuple[float, float]:
+    """Bytes/s read from the disk of the store, without the page cache, and of pages brought in from there: of a model
+    in the store, or of a file made for it."""
     try:
         files = sorted((folder / "blobs").glob("sha256-*"), key=lambda path: path.stat().st_size, reverse=True)
         if files and files[0].stat().st_size >= nbytes:
-            return _read_rate(files[0], nbytes)
+            return _read_rates(files[0], nbytes)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             file.write(os.urandom(1 << 20) * (nbytes >> 20))
             file.flush()
             os.fsync(file.fileno())
-            return _read_rate(Path(file.name), nbytes)
+            return _read_rates(Path(file.name), nbytes)
     except OSError:
-        return ASSUMED_HOST.disk
+        return ASSUMED_HOST.disk, ASSUMED_HOST.cached
 
 
-def _read_rate(path: Path, nbytes: int) -> float:
+def _read_rates(path: Path, nbytes: int) -> tuple[float, float]:
     buffer = bytearray(1 << 20)
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -245,7 +260,16 @@ def _read_rate(path: Path, nbytes: int) -> float:
         done = 0
         while done < nbytes and (count := file.readinto(buffer)):
             done += count
-        return done / max(time.perf_counter() - start, 1e-9)
+        disk = done / max(time.perf_counter() - start, 1e-9)
+    mapped, piece = MappedFile(path), min(done, len(buffer) * 8)
+
+    def bring() -> None:
+        mapped.prefetch(0, piece)
+        mapped.release(0, piece)
+
+    cached = piece / _best(bring, 3)
+    mapped.close()
+    return disk, cached
 
 
 def _convert_rate() -> float:

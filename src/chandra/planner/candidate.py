@@ -11,7 +11,7 @@ import numpy as np
 
 from chandra.kvcache.layout import LayerGroup
 from chandra.memory.device import Device
-from chandra.memory.plan import Placement, Workload
+from chandra.memory.plan import Part, Placement, Workload
 from chandra.models.decoder import workspace_bytes
 from chandra.models.rope import rope_bytes
 from chandra.planner.cost import Machine, Rate
@@ -23,6 +23,7 @@ BLOCK_SIZE = 16
 ANSWER = 256  # tokens of the answer that plans are compared with
 HOST = "cpu"
 TORCH = 200 << 20  # bytes that the process grows by when it imports torch
+SLOTS = 2  # layers that a stream holds at a time
 HOP = 2e-5  # seconds to hand the hidden state to the next device
 
 Number = float | np.ndarray[Any, np.dtype[Any]]
@@ -164,11 +165,19 @@ class Candidate:
         return cast(Floats, compute + self.machine.of(device).layer_overhead + elsewhere)
 
     def _copied(self, placement: Placement, device: str, seconds: Floats) -> Floats:
-        """Copies for each step run beside the computation: the longer of both counts."""
-        link = self.machine.of(device).link
-        if placement == "stream" and link is not None:
-            return np.maximum(seconds, self.sizes.gpu.layers / link)
-        return np.maximum(seconds, self.sizes.packed.layers / self.machine.disk) if placement == "disk" else seconds
+        """Copies for each step run beside the computation: the longer of both counts. The CPU makes of what is on disk
+        what its kernels want before it computes; for other devices the thread that reads does that."""
+        if placement not in ("stream", "disk"):
+            return seconds
+        streamed, link = self.pieces(device).streamed, self.machine.of(device).link
+        copying = streamed / link if link is not None else 0.0
+        if placement == "stream":
+            return np.maximum(seconds, copying)
+        packed = self.sizes.packed.streamed
+        reading, making = packed / self.machine.disk_rate(self.sizes.stored), packed / self.rate(HOST).mapped
+        if device == HOST:
+            return np.maximum(reading, seconds + making)
+        return np.maximum(reading + making, seconds + copying)
 
     def micro_rows(self, devices: Iterable[str]) -> int:
         """Rows from which on a step takes each of the devices longer the more rows it has, doubled: parts of a step
@@ -246,24 +255,38 @@ class Candidate:
         """
         on_disk = np.arange(self.num_layers) < disk_layers
         device, zeros = gpu or HOST, np.zeros(self.num_layers)
-        kept, first_need = self.weights(device), self.kv_need
-        if mode == "experts":
-            kept = np.array(self.sizes.host.experts, np.float64)
-            first_need = self.kv_need + self.pieces(gpu or HOST).dense
-        kept = np.where(on_disk, 0.0, kept)
+        pieces, host = self.pieces(device), self.sizes.host
         seconds = self.request_seconds("stream" if mode == "stream" else "host", device, mode == "experts")
         if disk_layers:
-            seconds = np.where(on_disk, self.request_seconds("disk", device), seconds)
-        staging = 2 * float(self.weights(device).max())
-        if gpu == HOST:
-            return Offload(mode, HOST, disk_layers, seconds, first_need + kept, zeros, staging, 0.0)
+            seconds = np.where(on_disk, self.request_seconds("disk", device, mode == "experts"), seconds)
+        on_device, read = self.staging(mode, device, disk_layers)
+        if mode == "stream":
+            first_need, host_need = self.kv_need + pieces.small, np.where(on_disk, 0.0, pieces.streamed)
+        elif mode == "experts":
+            first_need = self.kv_need + pieces.dense
+            host_need = np.where(on_disk, host.small_experts, np.array(host.experts, np.float64))
+        else:
+            need = np.where(on_disk, host.small, host.layers) + self.kv_need
+            first_need, host_need = (need, zeros) if gpu == HOST else (zeros, need)
+        first = float(read if gpu == HOST else on_device)
         return Offload(
-            mode=mode,
-            first=gpu,
-            disk_layers=disk_layers,
-            seconds=seconds,
-            first_need=first_need if gpu else zeros,
-            host_need=kept if gpu else kept + self.kv_need,
-            fixed_first=staging if mode == "stream" else 0.0,
-            fixed_host=staging if mode == "stream" or disk_layers else 0.0,
+            mode, gpu, disk_layers, seconds, first_need, host_need, first, 0.0 if gpu == HOST else float(read)
         )
+
+    def small(self, part: Part) -> int:
+        """Bytes of a part that is streamed or on disk that lie where it is computed nevertheless."""
+        pieces, (_, index, *experts) = self.pieces(part.device), part.name.split(".")
+        return int((pieces.small_experts if experts else pieces.small)[int(index)])
+
+    def staging(self, mode: Mode, device: str, disk_layers: int, off: int | None = None) -> tuple[int, int]:
+        """Bytes of staging on the device and on the host, if the first `off` layers are offloaded (None: all) and the
+        first `disk_layers` of them are read from disk."""
+        off = self.num_layers if off is None else off
+        disk_layers = min(off, disk_layers)
+        if mode == "stream":
+            sizes = self.pieces(device).streamed
+            read, copied = sizes[:disk_layers].max(initial=0), sizes[disk_layers:off].max(initial=0)
+            return int(read + SLOTS * copied), int(SLOTS * read)
+        packed = self.sizes.packed
+        sizes = (packed.streamed_experts if mode == "experts" else packed.streamed)[:disk_layers]
+        return 0, int(min(SLOTS, disk_layers) * sizes.max(initial=0))

@@ -7,7 +7,7 @@ larger of the two. Copies overlap compute, so a streamed layer takes the larger 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from chandra.memory.device import Device
@@ -20,10 +20,11 @@ GPU_RUNTIME = 400 << 20  # bytes of a CUDA context and its libraries, loaded laz
 @dataclass(frozen=True)
 class Rate:
     """What kernels do with weights of one format: `bandwidth`, bytes/s of weights read to decode one token; `macs`,
-    multiply-adds/s in a long prefill."""
+    multiply-adds/s in a long prefill; `mapped`, bytes/s that the CPU can use as they are stored, in a file."""
 
     bandwidth: float
     macs: float
+    mapped: float = 1e9
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,14 @@ class Profile:
     def rate(self, mix: tuple[tuple[str, int], ...]) -> Rate:
         """The rate for weights with these bytes in each format."""
         known = {name: (bits(name), rate) for name, rate in self.rates}
-        seconds = work = values = total = 0.0
+        seconds = work = values = total = stored = 0.0
         for name, nbytes in mix:
             rate = min(known.values(), key=lambda entry: abs(entry[0] - bits(name)))[1]
             count = 8 * nbytes / bits(name)
             total, values = total + nbytes, values + count
             seconds, work = seconds + nbytes / rate.bandwidth, work + count / rate.macs
-        return Rate(total / seconds, values / work)
+            stored += nbytes / rate.mapped
+        return Rate(total / seconds, values / work, total / stored)
 
 
 @cache
@@ -60,12 +62,19 @@ def bits(format: str) -> float:
 @dataclass(frozen=True)
 class Machine:
     """Profiles by device name, the host as "cpu". `disk`: bytes/s read; `convert`: values/s packed into another format;
-    `measured`: whether the host's profile was measured here."""
+    `measured`: whether the host's profile was measured here. The system keeps files of up to `cache` bytes in memory
+    that nobody else wants, from where they come with `cached` bytes/s."""
 
     profiles: Mapping[str, Profile]
     disk: float
     convert: float = 3e7
     measured: bool = True
+    cache: int = 0
+    cached: float = 4e9
+
+    def disk_rate(self, nbytes: int) -> float:
+        """Bytes/s of a file of so many bytes that is read over and over."""
+        return self.cached if nbytes <= self.cache else self.disk
 
     @property
     def host(self) -> Profile:
@@ -91,13 +100,13 @@ def machine_with(host: Machine, devices: Sequence[Device]) -> Machine:
             continue
         if device.kind == "virtual":
             most = device.bandwidth or float("inf")
-            rates = tuple((name, Rate(min(rate.bandwidth, most), rate.macs)) for name, rate in base.rates)
+            rates = tuple((name, replace(rate, bandwidth=min(rate.bandwidth, most))) for name, rate in base.rates)
             profiles[device.name] = Profile(rates, base.layer_overhead, device.link)
         else:
             bandwidth, link = device.bandwidth or ASSUMED_BANDWIDTH, device.link or ASSUMED_LINK
             rate = Rate(0.8 * bandwidth, 27 * bandwidth)
             profiles[device.name] = Profile((("F16", rate),), 4e-6, link, GPU_RUNTIME)
-    return Machine(profiles, host.disk, host.convert, host.measured)
+    return replace(host, profiles=profiles)
 
 
 def crossover_tokens(host: Rate, link: float | None, bytes_per_value: float) -> int:

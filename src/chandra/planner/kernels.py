@@ -31,6 +31,10 @@ class Kernels(Protocol):
         """Bytes of a weight in the layout that the CPU's kernels want."""
         ...
 
+    def in_place(self, format: str, shape: tuple[int, ...]) -> bool:
+        """Whether a weight can be used as it is stored, in a file."""
+        ...
+
     def scratch_bytes(self, spec: ModelSpec, limits: Limits) -> int:
         """Bytes the CPU's kernels keep for themselves in such steps."""
         ...
@@ -49,6 +53,9 @@ class PlainKernels:
 
     def weight_bytes(self, format: str, shape: tuple[int, ...]) -> int:
         return packed_bytes(format, shape)
+
+    def in_place(self, format: str, shape: tuple[int, ...]) -> bool:  # noqa: ARG002
+        return True
 
     def scratch_bytes(self, spec: ModelSpec, limits: Limits) -> int:  # noqa: ARG002
         return 0
@@ -73,6 +80,12 @@ class BuiltKernels:
             return self._cpu.repacked_nbytes(format, shape)
         except ValueError:  # no kernel for this format or shape: unpacked
             return self._cpu.repacked_nbytes("F32", shape)
+
+    def in_place(self, format: str, shape: tuple[int, ...]) -> bool:
+        try:
+            return self._cpu.repacked_nbytes(format, shape) > 0
+        except ValueError:
+            return False
 
     def scratch_bytes(self, spec: ModelSpec, limits: Limits) -> int:
         hidden, rows = spec.hidden_size, limits.rows

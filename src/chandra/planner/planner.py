@@ -105,6 +105,12 @@ def check(model: PlannableModel, devices: Sequence[Device], c: Constraints) -> N
     if c.format is not None and not any(v.label.lower() == c.format.lower() for v in model.variants):
         labels = ", ".join(v.label for v in model.variants)
         raise UsageError(f"{model.name} is not to be had as {c.format}", f"formats: {labels}")
+    wanted = [v for v in model.variants if c.format is None or v.label.lower() == c.format.lower()]
+    if c.disk and not any(v.on_disk for v in wanted):
+        raise UsageError(
+            f"--disk: {model.name} cannot be computed from its file, where weights lie in pieces or in another format",
+            "leave --disk out, or take the model as a GGUF file in the format you want",
+        )
     if c.chunk is not None and c.chunk < (c.parallel or 1):
         raise UsageError(f"steps of {c.chunk} tokens cannot serve {c.parallel} sequences", "raise --chunk")
 
@@ -144,7 +150,7 @@ def _options(model: PlannableModel, c: Constraints, has_gpus: bool) -> Iterator[
     for sizes in model.variants:
         if c.format is not None and sizes.label.lower() != c.format.lower():
             continue
-        for spill in [*spills, *([2] if c.disk else [])]:
+        for spill in [*spills, *([2] if c.disk and sizes.on_disk else [])]:
             for context in contexts:
                 if (spill or c.objective != "quality") and context in enough[:-1]:
                     continue  # what does not fit, or is to be fast, does not get more context than it needs
@@ -227,7 +233,7 @@ class _Site:
             return
         steps = [0]
         if self.spill == 2:
-            count, sums = candidate.num_layers, np.cumsum(candidate.weights("disk"))
+            count, sums = candidate.num_layers, np.cumsum(candidate.sizes.packed.layers)
             steps = sorted({-(-count * step // DISK_STEPS) for step in range(1, DISK_STEPS + 1)})
             steps = [n for n in steps if sums[n - 1] <= c.disk]
         if not self.gpus:

@@ -15,6 +15,7 @@ from chandra.checkpoint import Checkpoint
 from chandra.models import find_sources, spec_from_config, tensor_table
 from chandra.models.loader import EMBEDDING
 from chandra.models.spec import ModelSpec, TensorSpec
+from chandra.models.tensors import part_of
 from chandra.models.transforms import loading_bytes
 from chandra.planner.kernels import PLAIN, Kernels, built_kernels, packed_bytes
 from chandra.planner.mixes import LABELS, LOW_QUALITY, format_for, known_label
@@ -33,13 +34,19 @@ FILE_TYPES = {
 
 @dataclass(frozen=True)
 class Pieces:
-    """Bytes of each piece. `dense[i]`: weights of layer i that every token reads; `experts[i]`: all its experts. A tied
-    head reads the embedding and adds nothing to `head` but the final norm."""
+    """Bytes of each piece. `dense[i]`: weights of layer i that every token reads; `experts[i]`: all its experts, with
+    their router and norms. A tied head reads the embedding and adds nothing to `head` but the final norm.
+
+    `small_dense[i]`, `small_experts[i]`: those of norms, biases and the router, which stay where they are used even if
+    the others are streamed.
+    """
 
     embedding: int
     head: int
     dense: tuple[int, ...]
     experts: tuple[int, ...]
+    small_dense: tuple[int, ...]
+    small_experts: tuple[int, ...]
 
     @property
     def total(self) -> int:
@@ -56,6 +63,21 @@ class Pieces:
     def layers(self) -> Floats:
         """Bytes of each layer."""
         return self.dense_array + self.experts
+
+    @cached_property
+    def small(self) -> Floats:
+        """Bytes of each layer that are not streamed."""
+        return np.array(self.small_dense, np.float64) + self.small_experts
+
+    @cached_property
+    def streamed(self) -> Floats:
+        """Bytes of each layer that are streamed, if it is."""
+        return self.layers - self.small
+
+    @cached_property
+    def streamed_experts(self) -> Floats:
+        """Bytes of the experts of each layer that are read from disk, if they are."""
+        return np.array(self.experts, np.float64) - self.small_experts
 
 
 class PerLayer(NamedTuple):
@@ -99,6 +121,7 @@ class ModelSizes:
     bits_per_weight: float
     mix: tuple[tuple[str, int], ...]  # bytes in each format
     mapped: bool  # whether a host looks the rows of the embedding up in the file
+    on_disk: bool  # whether the CPU can compute its layers from the file
 
     @property
     def low_quality(self) -> bool:
@@ -223,7 +246,7 @@ def _sizes(
 ) -> ModelSizes:
     packed, gpu, host = _Tally(spec), _Tally(spec), _Tally(spec)
     dense_macs, expert_macs = [0.0] * spec.num_layers, [0.0] * spec.num_layers
-    values = 0
+    values, on_disk = 0, stored is None
     tensors: list[Passing] = []
     mix: Counter[str] = Counter()
     for tensor in tensor_table(spec):
@@ -237,8 +260,10 @@ def _sizes(
         gpu.add(tensor, kernels.gpu_weight_bytes(name, tensor.shape) if in_kernel else nbytes)
         format_read, joined = read.get(tensor.name, (name, False))
         passing = loading_bytes(get_format(format_read), get_format(name), tensor.shape, joined)
-        tensors.append(Passing(_part(tensor), on_host, passing))
+        tensors.append(Passing(part_of(tensor, spec), on_host, passing))
         values += math.prod(tensor.shape)
+        if tensor.layer is not None and tensor.packable:
+            on_disk &= format_read == name and not joined and kernels.in_place(name, tensor.shape)
         if tensor.layer is not None and tensor.role == "experts":
             used = spec.layers[tensor.layer].mlp.experts_per_token
             expert_macs[tensor.layer] += used * math.prod(tensor.shape[-2:])
@@ -261,27 +286,28 @@ def _sizes(
         bits_per_weight=8 * packed.pieces().total / values,
         mix=tuple(mix.items()),
         mapped=not spec.tied_embeddings and read.get(EMBEDDING, (table, False)) == (table, False),
+        on_disk=on_disk,
     )
-
-
-def _part(tensor: TensorSpec) -> str:
-    if tensor.layer is None:
-        return "embedding" if tensor.role == "embedding" else "head"
-    return f"layers.{tensor.layer}" + (".experts" if tensor.role == "experts" else "")
 
 
 class _Tally:
     """Bytes added up by piece."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self.outside = {"embedding": 0, "head": 0}
+        self.spec, self.outside = spec, {"embedding": 0, "head": 0}
         self.dense, self.experts = [0] * spec.num_layers, [0] * spec.num_layers
+        self.small_dense, self.small_experts = [0] * spec.num_layers, [0] * spec.num_layers
 
     def add(self, tensor: TensorSpec, nbytes: int) -> None:
+        part = part_of(tensor, self.spec)
         if tensor.layer is None:
-            self.outside["embedding" if tensor.role == "embedding" else "head"] += nbytes
-        else:
-            (self.experts if tensor.role == "experts" else self.dense)[tensor.layer] += nbytes
+            self.outside[part] += nbytes
+            return
+        apart = part.endswith(".experts")
+        (self.experts if apart else self.dense)[tensor.layer] += nbytes
+        if not tensor.packable:
+            (self.small_experts if apart else self.small_dense)[tensor.layer] += nbytes
 
     def pieces(self) -> Pieces:
-        return Pieces(self.outside["embedding"], self.outside["head"], tuple(self.dense), tuple(self.experts))
+        layers = (tuple(x) for x in (self.dense, self.experts, self.small_dense, self.small_experts))
+        return Pieces(self.outside["embedding"], self.outside["head"], *layers)
