@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from chandra import LLM
-from chandra.memory.host import _cgroup_folders
+from chandra.memory.host import _cgroup_folders, resident_bytes
 from pressure_worker import MARGIN, MIB, add, finish
 
 pytestmark = pytest.mark.model
@@ -55,6 +55,36 @@ def test_a_cap_lowered_in_the_middle_is_kept(model: Path, device: str, caplog: p
         again = add(llm)
         finish(llm, again)
         assert list(again.values()) == list(undisturbed.values())
+
+
+def test_layers_are_read_from_the_file_while_memory_is_short(model: Path) -> None:
+    with LLM(model, ctx=128, parallel=2, chunk=16) as llm:
+        undisturbed = add(llm)
+        finish(llm, undisturbed)
+        disturbed = add(llm)
+        finish(llm, disturbed, 6)
+        ledger, cap = llm.runtime.ledger, llm.plan.device("cpu").cap
+        weights, resident = reserved(llm, "weights"), resident_bytes()[0]
+        ledger.set_cap("cpu", cap - ledger.free("cpu") - llm.runtime.pool.nbytes - weights // 3)
+        finish(llm, disturbed, 6)
+        assert ledger.free("cpu") >= 0
+        assert reserved(llm, "weights") < 0.7 * weights
+        assert resident - resident_bytes()[0] > weights // 4
+        assert "layers" in llm.engine.counters().pressure
+        finish(llm, disturbed, 6)
+        ledger.set_cap("cpu", cap)
+        llm.runtime.pressure.patience = 0.0
+        while llm.runtime.pressure.reduced:
+            llm.runtime.pressure._next = 0.0
+            finish(llm, disturbed, 1)
+            llm.runtime.pressure.poll()
+        assert reserved(llm, "weights") == weights
+        finish(llm, disturbed)
+        assert list(disturbed.values()) == list(undisturbed.values())
+
+
+def reserved(llm: LLM, kind: str) -> int:
+    return next(row.actual for row in llm.memory() if (row.device, row.kind) == ("cpu", kind))
 
 
 @pytest.fixture

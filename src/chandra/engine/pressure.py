@@ -6,11 +6,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
 from chandra.engine.engine import Engine
+from chandra.errors import UnsupportedError
 from chandra.kvcache import KVPool
 from chandra.kvcache.allocator import BlockAllocator
 from chandra.memory.device import format_size
@@ -67,6 +69,7 @@ class Pressure:
         self._chunk = engine.config.chunk
         self._next = self._last = 0.0
         self._short = 0
+        self._demoted: list[tuple[int, int]] = []  # layers, and the bytes that each gave back
 
     def poll(self) -> None:
         """To be called between steps. Reads the system's memory every so often; the ledger's caps always."""
@@ -89,12 +92,14 @@ class Pressure:
     def reduced(self) -> bool:
         """Whether something has been given back that could be taken again."""
         pools = [a for _, allocators, _ in self._pools() for a in allocators]
-        return self.engine.scheduler.chunk < self._chunk or any(a.limit < a.num_blocks for a in pools)
+        smaller = self._demoted or self.engine.scheduler.chunk < self._chunk
+        return bool(smaller) or any(a.limit < a.num_blocks for a in pools)
 
     def relieve(self, device: str, nbytes: int, last_resort: bool = False) -> list[Step]:
         """Give at least `nbytes` of a device back, if that can be done, by the first of these that do: unused swap
-        space, unused blocks and the prefix cache; blocks of the latest sequences; smaller prefill chunks. The cache
-        stays large enough for one sequence of the full context, unless it is the last resort.
+        space, unused blocks and the prefix cache; blocks of the latest sequences; smaller prefill chunks; on the host
+        layers, which are read from the file for each use then. The cache stays large enough for one sequence of the
+        full context, unless it is the last resort.
 
         Returns the steps taken. Their bytes are those of the ledger.
         """
@@ -104,6 +109,7 @@ class Pressure:
             "cache": self._shrink_cache,
             "spill": self._spill,
             "chunk": self._shrink_chunk,
+            "layers": self._demote,
         }
         if last_resort:
             measures["context"] = self._shorten
@@ -206,6 +212,17 @@ class Pressure:
             self.decoder.resize(scheduler.chunk)
         return f"steps of at most {scheduler.chunk} tokens"
 
+    def _demote(self, device: str, nbytes: int) -> str:
+        goal, layers = self.ledger.free(device) + nbytes, len(self.decoder.layers)
+        left = set(range(layers)) - {index for index, _ in self._demoted} if device == HOST else set()
+        while left and (before := self.ledger.free(device)) < goal:
+            index = max(left)
+            left.remove(index)
+            with suppress(UnsupportedError):  # it is not on the host, or it is not in the file as it is in memory
+                self.decoder.demote(index)
+                self._demoted.append((index, self.ledger.free(device) - before))
+        return f"{len(self._demoted)} of {layers} layers read from the file for each use"
+
     # larger again
 
     def _recover(self, host_room: int) -> None:
@@ -218,11 +235,20 @@ class Pressure:
             free = self.ledger.free(device)
             return min(free, host_room - (start - free)) if device == HOST else free
 
+        self._promote(room(HOST))
         self._grow_chunk(room)
         actions: tuple[Action, ...] = ("cache", "swap")
         for cache, action in zip(self._pools(), actions, strict=False):
             for device in self.ledger.names:
                 self._grow(cache, action, device, room(device))
+
+    def _promote(self, room: int) -> None:
+        """One layer at a time, as it takes time."""
+        if self._demoted and room >= max(nbytes for _, nbytes in self._demoted):
+            before, index = self.ledger.free(HOST), self._demoted[-1][0]
+            self.decoder.promote(index)
+            self._demoted.pop()
+            self._note("layers", HOST, self.ledger.free(HOST) - before, f"layer {index} is in memory again")
 
     def _grow_chunk(self, room: Callable[[str], int]) -> None:
         scheduler = self.engine.scheduler

@@ -54,6 +54,12 @@ class Reservation:
         self.ledger._change(self.device, self.kind, nbytes - self.nbytes)
         self.nbytes = nbytes
 
+    def give(self, other: Reservation, nbytes: int) -> None:
+        """Let another reservation on the same device have some of these bytes, also where its cap is exceeded."""
+        self.resize(self.nbytes - nbytes)
+        self.ledger._change(other.device, other.kind, nbytes, over=True)
+        other.nbytes += nbytes
+
 
 @dataclass(eq=False)
 class Ledger:
@@ -108,10 +114,10 @@ class Ledger:
     def _used(self, device: str) -> int:
         return sum(n for (d, _), n in self._reserved.items() if d == device)
 
-    def _change(self, device: str, kind: Kind, delta: int) -> None:
+    def _change(self, device: str, kind: Kind, delta: int, over: bool = False) -> None:
         with self._lock:
             used, cap = self._used(device), self._caps[device]
-            if delta <= 0 or used + delta <= cap:
+            if delta <= 0 or over or used + delta <= cap:
                 key = (device, kind)
                 self._reserved[key] = self._reserved.get(key, 0) + delta
                 self._peak[key] = max(self._peak.get(key, 0), self._reserved[key])

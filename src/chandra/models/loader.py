@@ -289,10 +289,13 @@ class Loader:
         layer = self.mapped.items[index] = self.builder.layer(index, bound)
         return layer
 
-    def _reserve_pages(self) -> None:
-        """For as many mapped layers as are in memory at a time."""
+    def _mapped_pages(self) -> int:
+        """Bytes of as many mapped layers as are in memory at a time."""
         sizes = [sum(self.forms[s].nbytes(s.tensor.shape) for s in sources) for sources in self._mapped.values()]
-        pages = min(self.mapped.HELD, len(sizes)) * max(sizes, default=0)
+        return min(self.mapped.HELD, len(sizes)) * max(sizes, default=0)
+
+    def _reserve_pages(self) -> None:
+        pages = self._mapped_pages()
         self._reserve(HOST, Kind.STAGING, pages - self._pages)
         self._pages = pages
 
@@ -316,9 +319,13 @@ class Loader:
         except BaseException:
             del self._mapped[index]
             raise
-        for source in sources:
-            self._reserve(HOST, Kind.WEIGHTS, -self.loaded.pop(source.tensor.name).nbytes)
-        self._reserve_pages()
+        nbytes = sum(self.loaded.pop(source.tensor.name).nbytes for source in sources)
+        self._reserve(HOST, Kind.STAGING, 0)
+        weights, staging = self.reservations[HOST, Kind.WEIGHTS], self.reservations[HOST, Kind.STAGING]
+        pages = self._mapped_pages() - self._pages
+        weights.give(staging, pages)  # where the cap is exceeded nothing can be reserved
+        self._reserve(HOST, Kind.WEIGHTS, pages - nbytes)
+        self._pages += pages
         return layer
 
     def promote(self, index: int) -> DecoderLayer:

@@ -1,6 +1,7 @@
 #include "slab.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <mutex>
@@ -39,6 +40,14 @@ class Slab {
   size_t mapped_, size_, used_ = 0;
 };
 
+// The whole pages of a piece: its neighbours may live on for long.
+void give_back(uint8_t* piece, size_t bytes) {
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto start = (reinterpret_cast<uintptr_t>(piece) + page - 1) / page * page;
+  const auto end = (reinterpret_cast<uintptr_t>(piece) + bytes) / page * page;
+  if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_DONTNEED);
+}
+
 std::mutex mutex;
 std::weak_ptr<Slab> current;
 
@@ -54,7 +63,7 @@ std::shared_ptr<uint8_t> allocate_panels(size_t bytes) {
     data = slab->take(bytes);
     current = slab;
   }
-  return {slab, data};
+  return {data, [slab, bytes](uint8_t* piece) { give_back(piece, bytes); }};
 }
 
 }  // namespace chandra

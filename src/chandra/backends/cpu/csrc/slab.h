@@ -8,7 +8,7 @@
 
 namespace chandra {
 
-// Bytes aligned to 64, zero at first. The region goes back to the system with the last of its pieces.
+// Bytes aligned to 64, zero at first. Whole pages go back to the system with each piece, the region with the last.
 std::shared_ptr<uint8_t> allocate_panels(size_t bytes);
 
 }  // namespace chandra
