@@ -24,6 +24,26 @@ def model(model_file: Callable[[str], Path]) -> Path:
     return model_file("smollm2:135m")
 
 
+def test_a_small_cache_gives_the_same_text_with_swap_and_without(model: Path) -> None:
+    texts, counters = {}, {}
+    for name, options in {
+        "roomy": {"parallel": 8},
+        "swap": {"parallel": 1, "device": "virtual:150MiB"},
+        "recompute": {"parallel": 1, "device": "virtual:150MiB", "swap": "0B"},
+    }.items():
+        with LLM(model, ctx=160, **options) as llm:  # type: ignore[arg-type]
+            texts[name] = add(llm)
+            finish(llm, texts[name])
+            counters[name] = llm.engine.counters()
+            assert (llm.plan.swap_bytes > 0) == (name == "swap")
+    assert texts["roomy"] == texts["swap"] == texts["recompute"]
+    assert counters["roomy"].preemptions == 0
+    assert counters["recompute"].preemptions > 0
+    swapped = counters["swap"]
+    assert swapped.swapped_out_blocks >= swapped.preemptions > 0
+    assert swapped.swapped_in_bytes > 0
+
+
 @pytest.mark.parametrize("device", ["cpu", "virtual:0"])
 def test_a_cap_lowered_in_the_middle_is_kept(model: Path, device: str, caplog: pytest.LogCaptureFixture) -> None:
     options = {} if device == "cpu" else {"device": "virtual:200MiB"}
