@@ -68,7 +68,7 @@ class Pressure:
         self.steps: deque[Step] = deque(maxlen=KEPT)
         self._chunk = engine.config.chunk
         self._next = self._last = 0.0
-        self._short = 0
+        self._short: dict[str, int] = {}
         self._demoted: list[tuple[int, int]] = []  # layers, and the bytes that each gave back
 
     def poll(self) -> None:
@@ -84,7 +84,7 @@ class Pressure:
         free = self.available()
         if free < self.margin:
             self._relieve_host(2 * self.margin)
-            self._complain(HOST, self.margin - self.available())
+            self._complain("the system", self.margin - self.available())
         elif now - self._last >= self.patience and self.reduced:
             self._recover(free - 2 * self.margin)
 
@@ -95,11 +95,11 @@ class Pressure:
         smaller = self._demoted or self.engine.scheduler.chunk < self._chunk
         return bool(smaller) or any(a.limit < a.num_blocks for a in pools)
 
-    def relieve(self, device: str, nbytes: int, last_resort: bool = False) -> list[Step]:
+    def relieve(self, device: str, nbytes: int, last_resort: bool = False, single: bool = False) -> list[Step]:
         """Give at least `nbytes` of a device back, if that can be done, by the first of these that do: unused swap
         space, unused blocks and the prefix cache; blocks of the latest sequences; smaller prefill chunks; on the host
         layers, which are read from the file for each use then. The cache stays large enough for one sequence of the
-        full context, unless it is the last resort.
+        full context, unless it is the last resort. `single`: no more than one step.
 
         Returns the steps taken. Their bytes are those of the ledger.
         """
@@ -121,15 +121,17 @@ class Pressure:
             detail = measure(device, goal - before)
             if gained := self.ledger.free(device) - before:
                 taken.append(self._note(action, device, gained, detail))
+                if single:
+                    break
         if device == HOST:
             trim_heap()
         return taken
 
-    def _complain(self, device: str, short: int) -> None:
+    def _complain(self, where: str, short: int) -> None:
         """Say that giving way was not enough; again only when it has become worse."""
-        if short > self._short:
-            log.error("%s is short of %s, and nothing is left to give back", device, format_size(short))
-        self._short = max(0, short)
+        if short > max(0, self._short.get(where, 0)):
+            log.error("%s is short of %s, and nothing is left to give back", where, format_size(short))
+        self._short[where] = short
 
     def _note(self, action: Action, device: str, nbytes: int, detail: str) -> Step:
         step = Step(action, device, nbytes, detail)
@@ -143,9 +145,11 @@ class Pressure:
         """Until so much is available: what is given back may never have been in use, and then it helps nobody."""
         ask = 0
         while (short := wanted - self.available()) > 0:
-            ask = max(2 * ask, short)
-            if not self.relieve(HOST, ask):
+            ask = max(ask, short)
+            steps = self.relieve(HOST, ask, single=True)
+            if not steps:
                 break
+            ask = 2 * ask if steps[0].action in ("swap", "cache") else 0
 
     # smaller
 
@@ -214,7 +218,9 @@ class Pressure:
 
     def _demote(self, device: str, nbytes: int) -> str:
         goal, layers = self.ledger.free(device) + nbytes, len(self.decoder.layers)
-        left = set(range(layers)) - {index for index, _ in self._demoted} if device == HOST else set()
+        left = set(range(layers)) - {index for index, _ in self._demoted}
+        if device != HOST or layers <= 2:  # two of them are in memory at a time
+            return ""
         while left and (before := self.ledger.free(device)) < goal:
             index = max(left)
             left.remove(index)
