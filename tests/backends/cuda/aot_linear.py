@@ -12,7 +12,7 @@ import torch
 from chandra.backends.cuda import layouts, linear, moe
 from chandra.quant import get_format
 
-MULTIPROCESSORS = {75: 40, 80: 108, 86: 82, 89: 128, 90: 132}
+MULTIPROCESSORS = {75: 40, 80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 
 
 def weight(name: str, *shape: int) -> layouts.DeviceWeight:
@@ -37,7 +37,7 @@ def launch(name: str, n: int, dtype: torch.dtype, scratch: torch.Tensor) -> list
 def main(names: str, rows: str, capabilities: str) -> None:
     figures = []
     for capability in map(int, capabilities.split(",")):
-        limit = aot.SHARED_LIMITS[capability] * 1024
+        limit = (aot.SHARED_LIMITS | {100: 227})[capability] * 1024
         chip = linear.Chip(capability, MULTIPROCESSORS[capability], limit)
         linear.chip_of = moe.chip_of = lambda _, chip=chip: chip
         dtype = torch.float16 if capability < 80 else torch.bfloat16

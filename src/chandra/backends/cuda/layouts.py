@@ -96,6 +96,11 @@ class Arrangement:
     def spans(self) -> int:
         return self.stored[2] // (self.width * self.layout.planes)
 
+    @property
+    def pitch(self) -> int:
+        """Words (or floats) of a row: a multiple of 16, which lets kernels load 16 bytes at a time."""
+        return self.stored[2] // self.layout.planes
+
     def places(self) -> list[tuple[str, str, tuple[int, ...], int]]:
         """Name, dtype, shape and first byte of every array, and the total as the first byte of none."""
         places, start = [], 0

@@ -49,23 +49,22 @@ class Tiles:
     bn: int
     warps: int
     stages: int
-
-    @property
-    def exact(self) -> bool:
-        return self.bn == _FINE
+    exact: bool = False  # sums are scaled, not weights
 
 
 def tiles_for(chip: Chip, n: int, plain: bool) -> Tiles:
     """Tiles for n activation rows. Up to 16 rows, and above, the order of a row's sums does not depend on n."""
     if chip.capability < 80:  # Triton has no tensor cores there: products are lanes that multiply and add
-        return Tiles(min(DECODE, 1 << (n - 1).bit_length()), _FINE, 2, 1)
+        return Tiles(min(DECODE, 1 << (n - 1).bit_length()), _FINE, 2, 1, exact=True)
     if n <= DECODE:  # with two warps Hopper takes the same instructions for 8 and 16 rows
-        return Tiles(8 if n <= 8 else 16, _FINE, 2, 4)
+        return Tiles(8 if n <= 8 else 16, _FINE, 2, 4, exact=True)
     bm = 32 if n <= 32 else 64 if n <= 64 else 128
     large = chip.shared >= 160 << 10
     if plain:
         bm = 256 if chip.capability == 90 and n > 128 else bm
         return Tiles(bm, 128, 8, 3 if large else 2)
+    if chip.capability // 10 == 10:  # tiles for its tensor memory would not fit there: one for each plane
+        return Tiles(min(bm, 64), 32, 4, 2)
     # a span of activations per stage, 64 KiB of 128 rows; two groups of four warps share it
     return Tiles(bm, 128, 8, 2) if large else Tiles(min(bm, 64), 64, 4, 2)
 
@@ -132,7 +131,7 @@ def _launch(
     """One launch for up to three weights that are `alike`. `into`: what becomes of the values of out."""
     first, chip = products[0], chip_of(x.device)
     arrangement = first.weight.arrangement
-    inputs, columns, length = arrangement.shape[2], arrangement.stored[2], arrangement.spans
+    inputs, length = arrangement.shape[2], arrangement.spans
     tiles = tiles_for(chip, len(x) if routes is None else routes.bm, arrangement.layout.kind == "plain")
     blocks = sum(-(-p.weight.arrangement.stored[1] // tiles.bn) for p in products[: 1 if gated else None])
     splits, locks, partials = 1, first.out, first.out
@@ -145,9 +144,9 @@ def _launch(
         *(x, x if routes is None else routes.order, x if routes is None else routes.tiles),
         *(first.weight.levels, locks, partials),
         *(argument for p in (*products, first, first)[:3] for argument in p.arguments()),
-        *(len(x), inputs, columns, length, -(-length // splits), splits, 1 if routes is None else routes.top),
+        *(len(x), inputs, arrangement.pitch, length, -(-length // splits), splits, 1 if routes is None else routes.top),
         **_constants(first.weight),
-        **{"PADDED": inputs != columns, "EXACT": tiles.exact, "BN": tiles.bn, "BM": tiles.bm},
+        **{"PADDED": inputs != arrangement.stored[2], "EXACT": tiles.exact, "BN": tiles.bn, "BM": tiles.bm},
         **{"EXPERTS": routes is not None, "WEIGHTS": len(products), "GATED": gated, "BIAS": first.bias is not None},
         **{"ACTIVATION": activation, "INTO": into, "SPLIT": grid[2] > 1},
         num_warps=tiles.warps,
@@ -245,12 +244,12 @@ def _unpack(
     ids: torch.Tensor | None, start: int, n: int, weight: DeviceWeight, factor: float, out: torch.Tensor
 ) -> None:
     arrangement = weight.arrangement
-    (_, outputs, inputs), (_, rows, columns) = arrangement.shape, arrangement.stored
+    _, outputs, inputs = arrangement.shape
     bn = 1 if n == 1 else 8
     unpack_kernel[-(-n // bn), arrangement.spans](
         *(out if ids is None else ids, start, n),
         *(weight.codes, weight.high, weight.scales, weight.small, weight.levels),
-        *(out, factor, inputs, outputs, rows, columns),
+        *(out, factor, inputs, outputs, arrangement.stored[1], arrangement.pitch),
         **_constants(weight),
         BN=bn,
         IDS=ids is not None,

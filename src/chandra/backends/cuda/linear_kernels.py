@@ -44,12 +44,12 @@ def _activations(xs, k, live, inputs, WIDTH: tl.constexpr, PADDED: tl.constexpr)
 
 @triton.jit
 def _plain(
-    x, m, live, inputs, codes, r, columns, first, last, WIDTH: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr
+    x, m, live, inputs, codes, r, pitch, first, last, WIDTH: tl.constexpr, PADDED: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """The sums `(rows, n)` of rows r of a weight of floats with activation rows m."""
     c = tl.arange(0, WIDTH)
     acc = tl.zeros((r.shape[0], m.shape[0]), tl.float32)
-    ws = codes + r.to(tl.int64)[:, None] * columns + c[None, :]
+    ws = codes + r.to(tl.int64)[:, None] * pitch + c[None, :]
     xs = x + m.to(tl.int64)[None, :] * inputs + c[:, None]
     for span in range(first, last):
         k = span * WIDTH
@@ -63,7 +63,7 @@ def _plain(
 
 @triton.jit
 def _packed(
-    x, m, live, inputs, codes, high, scales, small, levels, r, rows, columns, first, last, BITS: tl.constexpr,
+    x, m, live, inputs, codes, high, scales, small, levels, r, rows, pitch, first, last, BITS: tl.constexpr,
     HIGH: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr,
     OFFSET: tl.constexpr, PADDED: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
@@ -75,7 +75,7 @@ def _packed(
     c = tl.arange(0, WIDTH)
     ones = tl.full((r.shape[0], WIDTH), 1.0, tl.float32).to(DTYPE)
     acc = tl.zeros((r.shape[0], m.shape[0]), tl.float32)
-    at = r.to(tl.int64)[:, None] * (columns // (2 * HALF)) + c[None, :]
+    at = r.to(tl.int64)[:, None] * pitch + c[None, :]
     xs = x + m.to(tl.int64)[None, :] * inputs + c[:, None]
     for span in range(first, last):
         w, h = words(codes, high, at + span * WIDTH, BITS, HIGH)
@@ -140,28 +140,27 @@ def _activated(y, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _sums(
-    x, m, live, inputs, codes, high, scales, small, levels, expert, r, rows, outputs, columns, first, last,
+    x, m, live, inputs, codes, high, scales, small, levels, expert, r, rows, outputs, pitch, first, last,
     BITS: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
     TABLE: tl.constexpr, OFFSET: tl.constexpr, SMALL: tl.constexpr, PADDED: tl.constexpr, EXACT: tl.constexpr,
     DTYPE: tl.constexpr
 ):  # fmt: skip
     """The sums of an expert's rows r over spans first to last."""
     if KIND == "plain":
-        codes += expert * rows * columns
-        acc = _plain(x, m, live, inputs, codes, r, columns, first, last, WIDTH, PADDED, DTYPE)
+        codes += expert * rows * pitch
+        acc = _plain(x, m, live, inputs, codes, r, pitch, first, last, WIDTH, PADDED, DTYPE)
     else:
         skip = expert * rows
         if KIND == "nested":  # its blocks are counted through the experts
             skip -= expert * outputs
             r += expert * outputs
-        stride = columns // (32 // BITS)
-        groups = 1 if GROUP == 0 else columns // GROUP
+        groups = 1 if GROUP == 0 else pitch * (32 // BITS) // GROUP
         if SMALL > 0:
-            groups = columns // 256
+            groups = pitch * (32 // BITS) // 256
             small += skip * groups * SMALL
         scales += expert * rows * groups - expert * rows + skip
         acc = _packed(
-            x, m, live, inputs, codes + skip * stride, high + skip * stride, scales, small, levels, r, rows, columns,
+            x, m, live, inputs, codes + skip * pitch, high + skip * pitch, scales, small, levels, r, rows, pitch,
             first, last, BITS, HIGH, WIDTH, GROUP, KIND, TABLE, OFFSET, PADDED, EXACT, DTYPE
         )  # fmt: skip
         if GROUP == 0:
@@ -228,7 +227,7 @@ def product_kernel(
     codes, high, scales, small, bias, out, stride, rows, outputs,
     codes1, high1, scales1, small1, bias1, out1, stride1, rows1, outputs1,
     codes2, high2, scales2, small2, bias2, out2, stride2, rows2, outputs2,
-    n, inputs, columns, spans, per, splits, top, BITS: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr,
+    n, inputs, pitch, spans, per, splits, top, BITS: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr,
     GROUP: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr, OFFSET: tl.constexpr, SMALL: tl.constexpr,
     PADDED: tl.constexpr, EXACT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, EXPERTS: tl.constexpr,
     WEIGHTS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, INTO: tl.constexpr,
@@ -271,7 +270,7 @@ def product_kernel(
         source = m // top
     first = split % splits * per
     acc = _sums(
-        x, source, live, inputs, codes, high, scales, small, levels, expert, r, rows, outputs, columns, first,
+        x, source, live, inputs, codes, high, scales, small, levels, expert, r, rows, outputs, pitch, first,
         min(first + per, spans), BITS, HIGH, WIDTH, GROUP, KIND, TABLE, OFFSET, SMALL, PADDED, EXACT, x.dtype.element_ty
     )  # fmt: skip
     gate, last = acc, True

@@ -156,7 +156,7 @@ def words(codes, high, at, BITS: tl.constexpr, HIGH: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "start", "factor"])
 def unpack_kernel(
-    ids, start, n, codes, high, scales, small, levels, out, factor, inputs, outputs, rows, columns, BITS: tl.constexpr,
+    ids, start, n, codes, high, scales, small, levels, out, factor, inputs, outputs, rows, pitch, BITS: tl.constexpr,
     HIGH: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr,
     OFFSET: tl.constexpr, SMALL: tl.constexpr, BN: tl.constexpr, IDS: tl.constexpr
 ):  # fmt: skip
@@ -171,11 +171,11 @@ def unpack_kernel(
     out += i.to(tl.int64)[:, None] * inputs + c[None, :]
     if KIND == "plain":
         k = span * WIDTH
-        v = tl.load(codes + r[:, None] * columns + k + c[None, :]).to(tl.float32) * factor
+        v = tl.load(codes + r[:, None] * pitch + k + c[None, :]).to(tl.float32) * factor
         tl.store(out + k, v.to(out.dtype.element_ty), mask=live[:, None] & (c[None, :] < inputs - k))
     else:
         PLANES: tl.constexpr = 32 // BITS
-        w, h = words(codes, high, r[:, None] * (columns // PLANES) + span * WIDTH + c[None, :], BITS, HIGH)
+        w, h = words(codes, high, r[:, None] * pitch + span * WIDTH + c[None, :], BITS, HIGH)
         scale = factor
         if GROUP == 0:
             scale = factor * tl.load(scales + r)[:, None]
