@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.extra.cuda import libdevice
 from triton.runtime import interpreter
 
 
@@ -34,6 +35,17 @@ def _cast(builder: Any, handle: Any, dtype: Any) -> Any:
     return interpreter.TensorHandle(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16), dtype.scalar)
 
 
+def _byte_perm(x: Any, y: Any, select: Any) -> Any:
+    """What the instruction does: byte i of the result is the one of y:x that nibble i of `select` names."""
+    x, y, select = (
+        np.asarray(v.handle.data if isinstance(v, tl.tensor) else getattr(v, "value", v)) for v in (x, y, select)
+    )
+    pool = (y.astype(np.int64) & 0xFFFFFFFF) << 32 | (x.astype(np.int64) & 0xFFFFFFFF)
+    picked = sum((pool >> ((select.astype(np.int64) >> 4 * i & 7) * 8) & 0xFF) << 8 * i for i in range(4))
+    data = picked.astype(np.uint32).view(np.int32)
+    return tl.tensor(interpreter.TensorHandle(data, tl.int32), tl.block_type(tl.int32, list(data.shape)))
+
+
 def _patch_tensor(tensor: Any, scope: Any) -> None:
     """Its scalars are arrays of one element, which newer numpy does not make whole numbers."""
     _patch_lang_tensor(tensor, scope)
@@ -50,5 +62,6 @@ def _patch_once(function: Any) -> Any:
 _patch_lang, _patch_lang_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
 interpreter._patch_lang, interpreter._patch_lang_tensor = _patch_once, _patch_tensor
 interpreter.InterpreterBuilder.create_dot = _dot
+libdevice.byte_perm = _byte_perm
 _cast_impl = interpreter.InterpreterBuilder.cast_impl
 interpreter.InterpreterBuilder.cast_impl = _cast

@@ -14,6 +14,7 @@ which the widths of most models are. Where nf4 blocks straddle rows, the weight 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -178,6 +179,18 @@ def pack(weight: PackedWeight, out: Bytes) -> None:
 
     with ThreadPoolExecutor(THREADS) as pool:  # numpy lets go of the interpreter
         list(pool.map(repack, itertools.product(range(experts), spans(rows, CHUNK // columns))))
+
+
+@functools.cache
+def level_bytes(levels: tuple[float, ...], bfloat16: bool) -> tuple[int, ...]:
+    """16 levels as float16 or bfloat16: their lower bytes in four words, then the upper ones. None for no levels."""
+    values = np.array(levels, np.float32)
+    if bfloat16:
+        bits = values.view(np.uint32)
+        halves = (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
+    else:
+        halves = values.astype(np.float16).view(np.uint16)
+    return tuple(np.ascontiguousarray(halves.view(np.uint8).reshape(-1, 2).T).view(np.int32).reshape(-1).tolist())
 
 
 @dataclass(frozen=True)

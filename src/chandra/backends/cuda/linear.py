@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from chandra.backends.cuda.layouts import DeviceWeight, bind
+from chandra.backends.cuda.layouts import DeviceWeight, bind, level_bytes
 from chandra.backends.cuda.linear_kernels import product_kernel
 from chandra.backends.cuda.unpack_kernels import unpack_kernel
 from chandra.lazy import torch
@@ -146,6 +146,7 @@ def _launch(
         *(argument for p in (*products, first, first)[:3] for argument in p.arguments()),
         *(len(x), inputs, arrangement.pitch, length, -(-length // splits), splits, 1 if routes is None else routes.top),
         **_constants(first.weight),
+        BYTES=level_bytes(arrangement.layout.levels, x.dtype == torch.bfloat16),
         **{"PADDED": inputs != arrangement.stored[2], "EXACT": tiles.exact, "BN": tiles.bn, "BM": tiles.bm},
         **{"EXPERTS": routes is not None, "WEIGHTS": len(products), "GATED": gated, "BIAS": first.bias is not None},
         **{"ACTIVATION": activation, "INTO": into, "SPLIT": grid[2] > 1},

@@ -65,7 +65,7 @@ def _plain(
 def _packed(
     x, m, live, inputs, codes, high, scales, small, levels, r, rows, pitch, first, last, BITS: tl.constexpr,
     HIGH: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr,
-    OFFSET: tl.constexpr, PADDED: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr
+    BYTES: tl.constexpr, OFFSET: tl.constexpr, PADDED: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """The sums `(rows, n)` of weight rows r with activation rows m over spans first to last."""
     HALF: tl.constexpr = 16 // BITS
@@ -84,7 +84,7 @@ def _packed(
             x0 = _activations(xs, k, live, inputs, WIDTH, PADDED)
             x1 = _activations(xs, k + HALF * WIDTH, live, inputs, WIDTH, PADDED)
             if EXACT:
-                v0, v1 = planes(w, h, levels, i, BITS, HIGH, TABLE, DTYPE)
+                v0, v1 = planes(w, h, i, BITS, HIGH, TABLE, BYTES, DTYPE)
                 if GROUP == 0:
                     acc = tl.dot(v1, x1, tl.dot(v0, x0, acc))
                 else:
@@ -142,8 +142,8 @@ def _activated(y, ACTIVATION: tl.constexpr):
 def _sums(
     x, m, live, inputs, codes, high, scales, small, levels, expert, r, rows, outputs, pitch, first, last,
     BITS: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
-    TABLE: tl.constexpr, OFFSET: tl.constexpr, SMALL: tl.constexpr, PADDED: tl.constexpr, EXACT: tl.constexpr,
-    DTYPE: tl.constexpr
+    TABLE: tl.constexpr, BYTES: tl.constexpr, OFFSET: tl.constexpr, SMALL: tl.constexpr, PADDED: tl.constexpr,
+    EXACT: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """The sums of an expert's rows r over spans first to last."""
     if KIND == "plain":
@@ -161,7 +161,7 @@ def _sums(
         scales += expert * rows * groups - expert * rows + skip
         acc = _packed(
             x, m, live, inputs, codes + skip * pitch, high + skip * pitch, scales, small, levels, r, rows, pitch,
-            first, last, BITS, HIGH, WIDTH, GROUP, KIND, TABLE, OFFSET, PADDED, EXACT, DTYPE
+            first, last, BITS, HIGH, WIDTH, GROUP, KIND, TABLE, BYTES, OFFSET, PADDED, EXACT, DTYPE
         )  # fmt: skip
         if GROUP == 0:
             acc *= tl.load(scales + r)[:, None]
@@ -227,11 +227,11 @@ def product_kernel(
     codes, high, scales, small, bias, out, stride, rows, outputs,
     codes1, high1, scales1, small1, bias1, out1, stride1, rows1, outputs1,
     codes2, high2, scales2, small2, bias2, out2, stride2, rows2, outputs2,
-    n, inputs, pitch, spans, per, splits, top, BITS: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr,
-    GROUP: tl.constexpr, KIND: tl.constexpr, TABLE: tl.constexpr, OFFSET: tl.constexpr, SMALL: tl.constexpr,
-    PADDED: tl.constexpr, EXACT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, EXPERTS: tl.constexpr,
-    WEIGHTS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, INTO: tl.constexpr,
-    SPLIT: tl.constexpr
+    n, inputs, pitch, spans, per, splits, top,
+    BITS: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
+    TABLE: tl.constexpr, BYTES: tl.constexpr, OFFSET: tl.constexpr, SMALL: tl.constexpr, PADDED: tl.constexpr,
+    EXACT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, EXPERTS: tl.constexpr, WEIGHTS: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, INTO: tl.constexpr, SPLIT: tl.constexpr
 ):  # fmt: skip
     """out `(n, outputs)` = x `(n, inputs)` @ weight.T, in tiles of BM activation rows, BN weight rows and, with SPLIT,
     pieces of `per` spans; the piece of a tile that finishes last adds them all up in their order.
@@ -271,7 +271,8 @@ def product_kernel(
     first = split % splits * per
     acc = _sums(
         x, source, live, inputs, codes, high, scales, small, levels, expert, r, rows, outputs, pitch, first,
-        min(first + per, spans), BITS, HIGH, WIDTH, GROUP, KIND, TABLE, OFFSET, SMALL, PADDED, EXACT, x.dtype.element_ty
+        min(first + per, spans), BITS, HIGH, WIDTH, GROUP, KIND, TABLE, BYTES, OFFSET, SMALL, PADDED, EXACT,
+        x.dtype.element_ty
     )  # fmt: skip
     gate, last = acc, True
     if SPLIT:

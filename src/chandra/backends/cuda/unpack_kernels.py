@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import libdevice
 
 
 @triton.jit
@@ -50,13 +51,32 @@ def _wide(w, h, table, I: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, 
 
 
 @triton.jit
+def _picked(select, pick, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr):
+    """Four bytes of a table of 16, at once."""
+    return libdevice.byte_perm(libdevice.byte_perm(T0, T1, select), libdevice.byte_perm(T2, T3, select), pick)
+
+
+@triton.jit
+def _looked_up(w, I: tl.constexpr, BYTES: tl.constexpr, DTYPE: tl.constexpr):
+    """Plane I of the lower half of words of 4-bit codes, looked up: BYTES are the lower and the upper of 16 levels."""
+    select = w & 0x7777  # codes without their upper bit, which picks a half of the table
+    pick = ((w >> 1) & 0x4444) | 0x3210
+    lower = _picked(select, pick, BYTES[0], BYTES[1], BYTES[2], BYTES[3])
+    upper = _picked(select, pick, BYTES[4], BYTES[5], BYTES[6], BYTES[7])
+    pair = libdevice.byte_perm(lower, upper, 0x5140 if I < 2 else 0x7362)
+    return (pair >> (16 * (I % 2))).to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
 def planes(
-    w, h, table, I: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr
-):
+    w, h, I: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, TABLE: tl.constexpr, BYTES: tl.constexpr,
+    DTYPE: tl.constexpr
+):  # fmt: skip
     """Planes I and I + half of all, exact in DTYPE (levels of a table are rounded)."""
-    if TABLE or BITS == 8:
-        low = _wide(w, h, table, I, BITS, HIGH, TABLE).to(DTYPE)
-        result = low, _wide(w, h, table, I + 16 // BITS, BITS, HIGH, TABLE).to(DTYPE)
+    if TABLE:
+        result = _looked_up(w, I, BYTES, DTYPE), _looked_up(w >> 16, I, BYTES, DTYPE)
+    elif BITS == 8:
+        result = _wide(w, h, w, I, 8, 0, False).to(DTYPE), _wide(w, h, w, I + 2, 8, 0, False).to(DTYPE)
     else:
         result = _pair(w, h, I, BITS, HIGH, DTYPE)
     return result
