@@ -9,11 +9,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from chandra import LLM
+from chandra.backends.cuda.accelerator import asked
+from chandra.engine.model_runner import Forward
+from chandra.errors import BudgetExceeded
 from chandra.memory.host import _cgroup_folders, resident_bytes
+from chandra.ops.contracts import ForwardBatch, KVView
 from pressure_worker import MARGIN, MIB, add, finish
 
 pytestmark = pytest.mark.model
@@ -75,6 +81,37 @@ def test_a_cap_lowered_in_the_middle_is_kept(model: Path, device: str, caplog: p
         again = add(llm)
         finish(llm, again)
         assert list(again.values()) == list(undisturbed.values())
+
+
+class RunsOut:
+    """A decoder whose device runs out of memory in one step."""
+
+    def __init__(self, decoder: Forward, error: BudgetExceeded) -> None:
+        self.decoder, self.error = decoder, error
+
+    def forward(self, batch: ForwardBatch, kv: KVView) -> np.ndarray[Any, np.dtype[np.float32]]:
+        self.decoder.forward(batch, kv)  # what was written into the cache is written again
+        self.forward = self.decoder.forward  # type: ignore[method-assign]
+        raise self.error
+
+
+def test_a_device_that_runs_out_in_a_step_gets_what_it_asked_for(model: Path) -> None:
+    with LLM(model, ctx=128, parallel=8, device="virtual:200MiB") as llm:
+        undisturbed = add(llm)
+        finish(llm, undisturbed)
+        disturbed = add(llm)
+        finish(llm, disturbed, 4)
+        free, runner = llm.runtime.ledger.free("virtual:0"), llm.engine.runner
+        message = "CUDA out of memory. Tried to allocate 9.50 MiB. GPU 0 has a total capacity of 6.00 GiB"
+        runner._decoder = RunsOut(runner._decoder, BudgetExceeded(message, device="virtual:0", nbytes=asked(message)))
+        finish(llm, disturbed, 1)
+        assert llm.runtime.ledger.free("virtual:0") >= free + 9.5 * MIB
+        finish(llm, disturbed)
+        assert list(disturbed.values()) == list(undisturbed.values())
+        runner._decoder = RunsOut(llm.runtime.decoder, BudgetExceeded("elsewhere", device="cuda:7", nbytes=1))
+        add(llm)
+        with pytest.raises(BudgetExceeded, match="elsewhere"):
+            llm.runtime.step()
 
 
 def test_layers_are_read_from_the_file_while_memory_is_short(model: Path) -> None:

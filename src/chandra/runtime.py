@@ -118,7 +118,8 @@ class Runtime:
         try:
             return self.engine.step()
         except BudgetExceeded as error:
-            if not error.device or not self.pressure.relieve(error.device, error.nbytes, last_resort=True):
+            known = error.device in self.ledger.names
+            if not known or not self.pressure.relieve(error.device, error.nbytes, last_resort=True):
                 raise
             return self.engine.step()
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import numpy as np
 from chandra.backends.cuda.driver import check_software, find_gpus
 from chandra.errors import BudgetExceeded, DeviceError
 from chandra.lazy import torch
+from chandra.memory.device import parse_size
 from chandra.ops.contracts import Fetch, Fetched, HostBytes
 
 Ops = Callable[[], None]
@@ -33,6 +35,12 @@ class _Copying:
 
     def wait(self) -> None:
         self._event.synchronize()
+
+
+def asked(message: str) -> int:
+    """Bytes that torch could not allocate, by its message; 0 where it does not say."""
+    found = re.search(r"Tried to allocate ([\d.]+ [KMG]iB)", message)
+    return parse_size(found[1]) if found else 0
 
 
 class Accelerator:
@@ -168,6 +176,8 @@ class CudaAccelerator(Accelerator):
             raise BudgetExceeded(
                 f"{name}: out of memory: {str(error).splitlines()[0]}",
                 hint="raise the device's budget, or plan with a shorter context or a smaller format",
+                device=name,
+                nbytes=asked(str(error)),
             ) from error
         except torch.AcceleratorError as error:
             raise DeviceError(
