@@ -34,6 +34,9 @@ def bytes_of(made: Plan, model: PlannableModel) -> dict[str, int]:
         if part.placement in ("resident", "host"):
             used[part.device] += part.nbytes
             continue
+        if part.name in ("embedding", "head"):
+            used[part.device] += sizes.packed.small_head if part.name == "head" else 0
+            continue
         index = int(part.name.split(".")[1])
         stays = small_experts[index] if part.name.endswith("experts") else small[index]
         used[part.device] += int(stays)

@@ -40,12 +40,12 @@ class Checkpoint(Protocol):
         """The tensor as a view of the mapped file (copy-on-write, so that it may be handed to torch)."""
         ...
 
-    def prefetch(self, name: str) -> None:
-        """Read this tensor's pages into memory now, before they are used; other threads run meanwhile."""
+    def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Read the pages of these bytes of a tensor into memory before they are used; other threads run meanwhile."""
         ...
 
-    def release(self, name: str) -> None:
-        """Tell the system that this tensor's pages are not needed any more."""
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Tell the system that the pages of these bytes of a tensor are not needed any more."""
         ...
 
     def close(self) -> None: ...

@@ -184,15 +184,16 @@ class MappedCheckpoint:
         (part,) = packing.parts(shape)
         return PackedWeight(packing, shape, {part.name: file.array(offset, info.nbytes).reshape(part.shape)})
 
-    def prefetch(self, name: str) -> None:
-        """Read the tensor's pages into memory. Raises CheckpointError if that cannot be done."""
+    def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Read the pages of these bytes of a tensor into memory. Raises CheckpointError if that cannot be done."""
         file, offset = self._place(name)
-        file.prefetch(offset, self.tensors[name].nbytes)
+        file.prefetch(offset + start, (self.tensors[name].nbytes if stop is None else stop) - start)
 
-    def release(self, name: str) -> None:
-        """Drop the tensor's pages from the process; views of it stay valid and are read again when touched."""
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Drop the pages of these bytes of a tensor from the process; views stay valid and are read again when
+        touched."""
         file, offset = self._place(name)
-        file.release(offset, self.tensors[name].nbytes)
+        file.release(offset + start, (self.tensors[name].nbytes if stop is None else stop) - start)
 
     def close(self) -> None:
         """Unmap the files; where views of tensors are alive, the mapping goes with the last of them."""

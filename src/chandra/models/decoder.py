@@ -17,7 +17,7 @@ from chandra.memory.plan import Placement
 from chandra.models.layers import DecoderLayer, layer_width
 from chandra.models.pipeline import MicroBatch, split, wavefront
 from chandra.models.spec import ModelSpec
-from chandra.models.weight_stream import Mover, Stream
+from chandra.models.weight_stream import MappedHead, Mover, Stream
 from chandra.ops.contracts import Array, Backend, ForwardBatch, KVView, Linear, Norm, Weight
 
 FLOAT = 4  # bytes of an activation
@@ -110,7 +110,7 @@ class Decoder:
         embedding: Weight,
         layers: Sequence[DecoderLayer],
         norm: Norm,
-        head: Linear,
+        head: Linear | MappedHead,
         ledger: Ledger,
         max_rows: int,
         max_logit_rows: int,
@@ -212,6 +212,7 @@ class Decoder:
         backend, workspace = segment.backend, self._workspaces[id(segment.backend)]
         if segment.embeds:
             backend.embed(batch, self.embedding, self.spec.embedding_scale, x)
+            self._mover.drop_rows()
         for layer, run, places, stream in segment.pieces:
             scratch = workspace.scratch(len(x), places)
             if stream is None:
@@ -225,7 +226,10 @@ class Decoder:
     def _score(self, x: Array, batch: ForwardBatch) -> None:
         spec, out = self.spec, self._logits(len(batch.logit_rows))
         rows, scale, softcap = batch.logit_rows, spec.logit_scale, spec.logit_softcap
-        self.backends.head.logits(x, rows, self.norm, self.head, scale, softcap, out)
+        if isinstance(self.head, MappedHead):
+            self.head.logits(self.backends.head, x, rows, self.norm, scale, softcap, out)
+        else:
+            self.backends.head.logits(x, rows, self.norm, self.head, scale, softcap, out)
 
     def _logits(self, rows: int) -> Array:
         """The buffer for rows of logits."""
@@ -271,6 +275,8 @@ class Decoder:
         """Give the reservations back. The decoder must not be used after."""
         for stream in self.streams.values():
             stream.close()
+        if isinstance(self.head, MappedHead):
+            self.head.close()
         self._mover.release()
         for reservation in self._workspace_reservations.values():
             reservation.release()

@@ -11,12 +11,20 @@ from chandra.errors import UnsupportedError
 from chandra.memory.ledger import Kind, Ledger, Reservation
 from chandra.memory.plan import Placement
 from chandra.models.build import LayerBuilder
-from chandra.models.decoder import Backends, Decoder
+from chandra.models.decoder import FLOAT, Backends, Decoder
 from chandra.models.layers import DecoderLayer
 from chandra.models.spec import ModelSpec
 from chandra.models.tensors import Source, find_sources, part_of
 from chandra.models.transforms import concatenate, convert, floats, loading_bytes, take_rows
-from chandra.models.weight_stream import MappedStream, ReadStream, SlotStream, Stream
+from chandra.models.weight_stream import (
+    MappedHead,
+    MappedStream,
+    ReadStream,
+    SlotStream,
+    Stream,
+    lookup_bytes,
+    piece_rows,
+)
 from chandra.ops.contracts import Array, Backend, HostBytes, Linear, Weight
 from chandra.quant import Format, PackedWeight, get_format
 
@@ -52,7 +60,7 @@ def load_decoder(
     total, done = sum(form.nbytes(source.tensor.shape) for source, form in forms.items()), 0
     try:
         for source in sorted(sources, key=lambda s: -passing[s]):  # the most comes first, while there is room
-            on_its_way = ledger.reserve(HOST, Kind.LOADING, passing[source])
+            on_its_way = ledger.reserve(HOST, Kind.LOADING, 0 if loading.stays(source) else passing[source])
             try:
                 loading.load(source)
             finally:
@@ -121,6 +129,7 @@ class Loader:
         self._hosts: dict[int, HostBytes] = {}
         self._mapped: dict[int, list[Source]] = {}
         self._pages = 0
+        self._rows: Source | None = None
         for source, form in forms.items():
             layer = source.tensor.layer
             if layer is not None and source.tensor.packable and self._placement(source) in ("stream", "disk"):
@@ -137,7 +146,7 @@ class Loader:
 
     def load(self, source: Source) -> None:
         tensor, placement = source.tensor, self._placement(source)
-        if tensor.packable and placement == "disk":
+        if self.stays(source):
             return
         if tensor.packable and placement == "stream":
             self._pack(source)
@@ -145,6 +154,10 @@ class Loader:
             self._load(source)
         for stored in source.names:
             self.checkpoint.release(stored)
+
+    def stays(self, source: Source) -> bool:
+        """Whether it is not loaded, but used in the file or read from there again and again."""
+        return source.tensor.packable and self._placement(source) == "disk"
 
     def _load(self, source: Source) -> None:
         name, form = source.tensor.name, self.forms[source]
@@ -211,13 +224,15 @@ class Loader:
     def decoder(self, max_rows: int, max_logit_rows: int, micro_rows: int) -> Decoder:
         loaded = self.loaded
         layers, streams = self._layers()
+        self._map_rows(max_rows)
+        head = self._map_head(max_logit_rows) or Linear(loaded.get(HEAD, loaded[EMBEDDING]))
         return Decoder(
             self.spec,
             self.backends,
             loaded[EMBEDDING],
             layers,
             self.builder.norm("model.norm"),
-            Linear(loaded.get(HEAD, loaded[EMBEDDING])),
+            head,
             self.ledger,
             max_rows,
             max_logit_rows,
@@ -274,20 +289,55 @@ class Loader:
             for stored in source.names:
                 self.checkpoint.release(stored)
 
+    def _in_file(self, source: Source, rows: tuple[int, int] | None = None) -> Weight:
+        """A weight, or some rows of it, that is used where it lies in the file. Raises UnsupportedError."""
+        if self._as_stored(source):
+            weight = take_rows(self._read(source), (rows,) if rows else ())
+            used = self._backend(source).load_weight(weight, lookup=True)
+            if used.nbytes == weight.nbytes:
+                return used
+        raise UnsupportedError(
+            f"{source.tensor.name} cannot be used in the file: it lies in pieces, or is converted or unpacked",
+            "leave out --disk, or use a GGUF file in the format you want",
+        )
+
     def _map(self, index: int) -> DecoderLayer:
-        """Let a layer be computed from the file. Raises UnsupportedError if it cannot."""
-        bound = {}
-        for source in self._mapped[index]:
-            weight, backend = self._read(source) if self._as_stored(source) else None, self._backend(source)
-            loaded = backend.load_weight(weight, lookup=True) if weight is not None else None
-            if weight is None or loaded is None or loaded.nbytes != weight.nbytes:
-                raise UnsupportedError(
-                    f"{source.tensor.name} cannot be used in the file: it lies in pieces, or is converted or unpacked",
-                    "leave out --disk, or use a GGUF file in the format you want",
-                )
-            bound[source.tensor.name] = loaded
+        """Let a layer be computed from the file."""
+        bound = {source.tensor.name: self._in_file(source) for source in self._mapped[index]}
         layer = self.mapped.items[index] = self.builder.layer(index, bound)
         return layer
+
+    def _map_rows(self, max_rows: int) -> None:
+        """Look the rows of the embedding up in the file, if they stay there."""
+        source = next(source for source in self.forms if source.tensor.name == EMBEDDING)
+        if self.stays(source):
+            self.loaded[EMBEDDING] = weight = self._in_file(source)
+            self._reserve(HOST, Kind.STAGING, lookup_bytes(max_rows, weight.nbytes))
+            self._rows = source
+
+    def drop_rows(self) -> None:
+        """Drop what was looked up of an embedding that stays in the file."""
+        if self._rows is not None:
+            self.checkpoint.release(self._rows.names[0])
+
+    def _map_head(self, max_logit_rows: int) -> MappedHead | None:
+        """The head, if it is computed from the file."""
+        if self.backends.placements.get("head") != "disk":
+            return None
+        wanted = EMBEDDING if self.spec.tied_embeddings else HEAD
+        source = next(source for source in self.forms if source.tensor.name == wanted)
+        name, rows = source.names[0], source.tensor.shape[0]
+        step, nbytes = piece_rows(rows), self.checkpoint.tensors[source.names[0]].nbytes // rows
+        self._reserve(HOST, Kind.STAGING, min(MappedStream.HELD * step, rows) * nbytes + FLOAT * max_logit_rows * step)
+
+        def place(i: int) -> tuple[str, int, int]:
+            return name, i * step * nbytes, min((i + 1) * step, rows) * nbytes
+
+        checkpoint = self.checkpoint
+        pieces = MappedStream[Linear](lambda i: checkpoint.prefetch(*place(i)), lambda i: checkpoint.release(*place(i)))
+        for i, start in enumerate(range(0, rows, step)):
+            pieces.items[i] = Linear(self._in_file(source, (start, min(start + step, rows))))
+        return MappedHead(pieces, step, self.backends.head.empty((max_logit_rows * step,), "float32"))
 
     def _mapped_pages(self) -> int:
         """Bytes of as many mapped layers as are in memory at a time."""

@@ -13,9 +13,22 @@ from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
 
 from chandra.models.layers import DecoderLayer
-from chandra.ops.contracts import Array, Backend, Fetch, HostBytes
+from chandra.ops.contracts import Array, Backend, Fetch, HostBytes, IntArray, Linear, Norm
 
 T = TypeVar("T")
+
+PIECES = 32  # in which a head that stays in the file is computed
+_AROUND = 64 << 10  # bytes that the system maps around one that is touched
+
+
+def piece_rows(rows: int) -> int:
+    """Rows of a piece of a head: whole panels."""
+    return -(-rows // (16 * PIECES)) * 16
+
+
+def lookup_bytes(rows: int, nbytes: int) -> int:
+    """Bytes of a mapped table of `nbytes` that are in memory once so many rows have been looked up."""
+    return min(nbytes, rows * _AROUND)
 
 
 class Stream(ABC, Generic[T]):
@@ -41,6 +54,10 @@ class Mover(Protocol):
     def mapped(self) -> Stream[DecoderLayer]: ...
     def demote(self, index: int) -> DecoderLayer: ...
     def promote(self, index: int) -> DecoderLayer: ...
+    def drop_rows(self) -> None:
+        """Drop what was looked up of an embedding that stays in the file."""
+        ...
+
     def release(self) -> None: ...
 
 
@@ -221,3 +238,30 @@ class MappedStream(Stream[T]):
         for index in list(self._touched):
             self._forget(index)
         self.items.clear()
+
+
+class MappedHead:
+    """A head computed straight from the mapped file, piece by piece.
+
+    `pieces.items[i]` computes the `step` rows from `i * step` on; `buffer`: float32 for their logits, for as many rows
+    as a batch wants.
+    """
+
+    def __init__(self, pieces: MappedStream[Linear], step: int, buffer: Array) -> None:
+        self._pieces, self._step, self._buffer = pieces, step, buffer
+
+    def logits(
+        self, backend: Backend, x: Array, rows: IntArray, norm: Norm, scale: float, softcap: float | None, out: Array
+    ) -> None:
+        """As `Backend.logits`."""
+        for index in sorted(self._pieces.items):
+            linear = self._pieces.acquire(index)
+            width, start = linear.weight.shape[0], index * self._step
+            piece = self._buffer[: len(rows) * width].reshape(len(rows), width)
+            backend.logits(x, rows, norm, linear, scale, softcap, piece)
+            out[:, start : start + width] = piece
+            self._pieces.release(index)
+
+    def close(self) -> None:
+        """Wait for what is under way, and let go of all pages."""
+        self._pieces.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from chandra.kvcache.layout import group_layers
@@ -29,6 +30,10 @@ def assemble(found: Found, devices: Sequence[Device], reserve: int) -> Plan:
     head = Part("head", _at(head_device), head_device, pieces.head)
     table = head_device if candidate.sizes.tied else HOST
     embedding = Part("embedding", _at(table), table, candidate.pieces(table).embedding)
+    if candidate.outer_on_disk:
+        packed = candidate.sizes.packed
+        head = replace(head, placement="disk", nbytes=packed.head)
+        embedding = replace(embedding, placement="disk", nbytes=packed.embedding)
     parts = (embedding, *layers, *experts, head)
     w = candidate.workload
     groups = group_layers([x.attention for x in candidate.model.spec.layers], [part.device for part in layers])
@@ -117,15 +122,16 @@ def _loading(candidate: Candidate, parts: Sequence[Part], predictions: Sequence[
     """Bytes of the host at the highest while loading: the process, staging buffers, weights so far, a tensor."""
     on_host = {part.name for part in parts if part.placement in ("host", "stream")}
     before = sum(p.nbytes for p in predictions if p.device == HOST and p.kind in (Kind.RUNTIME, Kind.STAGING))
-    return before + candidate.sizes.loading(on_host)
+    return before + candidate.sizes.loading(on_host, candidate.left)
 
 
 def _predictions(found: Found, parts: Sequence[Part], layers: Sequence[Part], groups: int) -> tuple[Prediction, ...]:
     candidate = found.candidate
     need: dict[tuple[str, Kind], int] = defaultdict(int)
-    need[HOST, Kind.LOADING] = candidate.sizes.passing
+    need[HOST, Kind.LOADING] = candidate.sizes.passing(candidate.left)
+    need[HOST, Kind.STAGING] = candidate.outer_staging()
     for part in parts:
-        mapped = part.name == "embedding" and part.device == HOST and candidate.sizes.mapped
+        mapped = part.name == "embedding" and part.placement == "host" and candidate.sizes.mapped
         kept = candidate.small(part) if part.placement in ("stream", "disk") else part.nbytes
         need[part.device, Kind.PAGE_CACHE if mapped else Kind.WEIGHTS] += kept
         if part.placement == "stream":
@@ -212,7 +218,7 @@ def _decisions(found: Found, layers: Sequence[Part], experts: Sequence[Part], he
     ]
     if experts:
         places.append(f"the experts of {len(experts)} layers on the CPU")
-    places.append(f"head {where[head.placement].format(head.device)}")
+    places.append(f"head {where.get(head.placement, 'on disk').format(head.device)}")
     out = [
         f"weights as {sizes.label}: {format_size(sizes.packed.total)}, {sizes.bits_per_weight:.2f} bits per weight"
         + (", converted while loading" if sizes.convert else ""),

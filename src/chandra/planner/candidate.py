@@ -12,8 +12,9 @@ import numpy as np
 from chandra.kvcache.layout import LayerGroup
 from chandra.memory.device import Device
 from chandra.memory.plan import Part, Placement, Workload
-from chandra.models.decoder import workspace_bytes
+from chandra.models.decoder import FLOAT, workspace_bytes
 from chandra.models.rope import rope_bytes
+from chandra.models.weight_stream import lookup_bytes, piece_rows
 from chandra.planner.cost import Machine, Rate
 from chandra.planner.kernels import Limits, host_workspace
 from chandra.planner.placement import Floats, Mode, Offload, Tier
@@ -41,6 +42,7 @@ class Candidate:
     max_num_seqs: int
     machine: Machine
     swap: int | None = None  # bytes of swap space asked for
+    outer_on_disk: bool = False  # embedding and head stay in the file
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -211,9 +213,29 @@ class Candidate:
 
     def head_step(self, device: str, sequences: int) -> float:
         """Seconds to compute one row of logits for each sequence."""
-        pieces, rate = self.sizes.packed, self.rate(device)
-        read = pieces.embedding if self.sizes.tied else pieces.head
-        return max(read / rate.bandwidth, sequences * self.sizes.head_macs / rate.macs)
+        rate, read, macs = self.rate(device), self.table_bytes, sequences * self.sizes.head_macs
+        if self.outer_on_disk:
+            return max(read / self.machine.disk_rate(self.sizes.stored), read / rate.mapped + macs / rate.macs)
+        return max(read / rate.bandwidth, macs / rate.macs)
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the head's weight in the file."""
+        pieces = self.sizes.packed
+        return pieces.embedding if self.sizes.tied else pieces.head - pieces.small_head
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Parts outside the layers that are not loaded."""
+        return ("embedding", "head") if self.outer_on_disk else ()
+
+    def outer_staging(self) -> int:
+        """Bytes of the host for pieces of the head that pass, their logits, and rows looked up in the file."""
+        if not self.outer_on_disk:
+            return 0
+        rows, vocab = piece_rows(self.model.spec.vocab_size), self.model.spec.vocab_size
+        pieces = min(SLOTS * rows, vocab) * (self.table_bytes // vocab) + FLOAT * self.max_logit_rows * rows
+        return pieces + lookup_bytes(self.chunk, self.sizes.packed.embedding)
 
     def head_seconds(self, device: str) -> float:
         """Seconds the head takes for one request."""
@@ -223,6 +245,8 @@ class Candidate:
     def outer_weights(self, device: str, head: bool) -> int:
         """Bytes of embedding and head on a device. The embedding lies on the host, unless it is the head as well."""
         pieces = self.pieces(device)
+        if self.outer_on_disk:
+            return pieces.small_head + self.outer_staging() if head else 0
         taken = pieces.head if head else 0
         if head if self.sizes.tied else device == HOST:
             taken += pieces.embedding
@@ -275,7 +299,10 @@ class Candidate:
 
     def small(self, part: Part) -> int:
         """Bytes of a part that is streamed or on disk that lie where it is computed nevertheless."""
-        pieces, (_, index, *experts) = self.pieces(part.device), part.name.split(".")
+        pieces = self.pieces(part.device)
+        if part.name in ("embedding", "head"):
+            return pieces.small_head if part.name == "head" else 0
+        _, index, *experts = part.name.split(".")
         return int((pieces.small_experts if experts else pieces.small)[int(index)])
 
     def staging(self, mode: Mode, device: str, disk_layers: int, off: int | None = None) -> tuple[int, int]:

@@ -25,7 +25,9 @@ PARALLEL = (1, 2, 4, 8, 16, 32)
 SEQUENCES = 8  # shorter ones share the cache of `parallel` long ones, up to so many
 DISK_STEPS = 16
 
-Spill = int  # 0: everything on the GPUs (or, without any, in host memory); 1: the rest in host memory; 2: and on disk
+# 0: everything on the GPUs (or, without any, in host memory); 1: the rest in host memory; 2: and on disk; 3: without
+# GPUs, embedding and head on disk as well
+Spill = int
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _options(model: PlannableModel, c: Constraints, has_gpus: bool) -> Iterator[
     for sizes in model.variants:
         if c.format is not None and sizes.label.lower() != c.format.lower():
             continue
-        for spill in [*spills, *([2] if c.disk and sizes.on_disk else [])]:
+        for spill in [*spills, *(([2] if has_gpus else [2, 3]) if c.disk and sizes.on_disk else [])]:
             for context in contexts:
                 if (spill or c.objective != "quality") and context in enough[:-1]:
                     continue  # what does not fit, or is to be fast, does not get more context than it needs
@@ -168,7 +170,7 @@ def _rank(option: _Option, model: PlannableModel, c: Constraints) -> tuple[float
     objectives. Formats of low quality, short contexts and the disk come last."""
     low = option.sizes.low_quality and len(model.variants) > 1 and c.format is None
     short = option.context < min(SHORT_CONTEXT, model.spec.max_position) and c.context is None
-    kind = 8 * (option.spill == 2) + 4 * low + 2 * short
+    kind = 8 * max(0, option.spill - 1) + 4 * low + 2 * short
     if c.objective != "quality":
         return (kind, 0, -option.context if short else 0, 0, 0)
     kv_rank = KV_TYPES.index(option.kv_type) if option.kv_type in KV_TYPES else 0
@@ -227,15 +229,16 @@ class _Site:
     def offloads(self, c: Constraints, splitter: Splitter) -> Iterator[Offload | None]:
         """Ways to hold what does not lie on a device. The user's own ranges leave nothing to offload."""
         candidate = self.candidate
-        if self.spill < 2:
+        outer = candidate.sizes.packed.embedding + candidate.sizes.packed.head if self.spill == 3 else 0
+        if self.spill < 2 or 0 < outer <= c.disk:
             yield None
         if not self.spill or c.layers:
             return
         steps = [0]
-        if self.spill == 2:
+        if self.spill >= 2:
             count, sums = candidate.num_layers, np.cumsum(candidate.sizes.packed.layers)
             steps = sorted({-(-count * step // DISK_STEPS) for step in range(1, DISK_STEPS + 1)})
-            steps = [n for n in steps if sums[n - 1] <= c.disk]
+            steps = [n for n in steps if sums[n - 1] + outer <= c.disk]
         if not self.gpus:
             yield from (candidate.offload("host", HOST, n) for n in steps)
             return
@@ -265,7 +268,9 @@ def _sites(
     one, where the last layers will lie."""
     workload = Workload(option.context, option.parallel, c.objective, min(c.prompt, option.context))
     sequences = min(max(option.parallel, SEQUENCES), option.chunk)
-    candidate = Candidate(model, option.sizes, workload, option.kv_type, option.chunk, sequences, machine, c.swap)
+    candidate = Candidate(
+        model, option.sizes, workload, option.kv_type, option.chunk, sequences, machine, c.swap, option.spill == 3
+    )
     if option.spill < 2 and candidate.least_need.sum() > sum(device.cap for device in devices):
         return
     alone, spill = len(devices) == 1, option.spill
@@ -280,7 +285,7 @@ def _sites(
             computes = device.name != HOST or spill > 0 or hosted
             taken = candidate.taken(device.name, device is head, computes) + c.reserve
             room[device.name] = float(device.cap - taken)
-        room[HOST] -= steps + _loading(candidate, devices, spill == 2, steps) + (c.swap or 0)
+        room[HOST] -= steps + _loading(candidate, devices, spill >= 2, steps) + (c.swap or 0)
         if min(room[HOST], room[head.name]) >= 0:
             yield _Site(candidate, devices, head, spill, room, allowed, hosted)
 
@@ -289,8 +294,8 @@ def _loading(candidate: Candidate, devices: Sequence[Device], disk: bool, steps:
     """Bytes of the host that loading may need beyond those of all that will be there. Without other devices it has what
     the cache and the workspace (`steps`: beside the decoder's) will take."""
     if len(devices) > 1:
-        return candidate.sizes.passing
-    needed = candidate.sizes.passing if disk else candidate.sizes.loading_whole
+        return candidate.sizes.passing()
+    needed = candidate.sizes.passing(candidate.left) if disk else candidate.sizes.loading_whole
     return max(0, needed - int(candidate.kv_need.sum()) - candidate.workspace(HOST, True) - steps)
 
 

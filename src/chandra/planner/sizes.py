@@ -37,8 +37,8 @@ class Pieces:
     """Bytes of each piece. `dense[i]`: weights of layer i that every token reads; `experts[i]`: all its experts, with
     their router and norms. A tied head reads the embedding and adds nothing to `head` but the final norm.
 
-    `small_dense[i]`, `small_experts[i]`: those of norms, biases and the router, which stay where they are used even if
-    the others are streamed.
+    `small_dense[i]`, `small_experts[i]`, `small_head`: those of norms, biases and the router, which stay where they are
+    used even if the others are streamed.
     """
 
     embedding: int
@@ -47,6 +47,7 @@ class Pieces:
     experts: tuple[int, ...]
     small_dense: tuple[int, ...]
     small_experts: tuple[int, ...]
+    small_head: int
 
     @property
     def total(self) -> int:
@@ -121,24 +122,24 @@ class ModelSizes:
     bits_per_weight: float
     mix: tuple[tuple[str, int], ...]  # bytes in each format
     mapped: bool  # whether a host looks the rows of the embedding up in the file
-    on_disk: bool  # whether the CPU can compute its layers from the file
+    on_disk: bool  # whether the CPU can compute from the file
 
     @property
     def low_quality(self) -> bool:
         return self.label in LOW_QUALITY
 
-    @property
-    def passing(self) -> int:
-        """The most bytes that a tensor takes on its way."""
-        return self.tensors[0].nbytes
+    def passing(self, left: Collection[str] = ()) -> int:
+        """The most bytes that a tensor takes on its way. What belongs to the parts that are `left` in the file is not
+        loaded."""
+        return next(tensor.nbytes for tensor in self.tensors if tensor.part not in left)
 
-    def loading(self, on_host: Collection[str]) -> int:
+    def loading(self, on_host: Collection[str], left: Collection[str] = ()) -> int:
         """Bytes of the host at the highest while loading, if these parts lie there."""
         held = peak = 0
         for tensor in self.tensors:
             part = tensor.part if tensor.part in on_host else tensor.part.removesuffix(".experts")
             held += tensor.host if part in on_host else 0
-            peak = max(peak, held + tensor.nbytes)
+            peak = max(peak, held + tensor.nbytes * (tensor.part not in left))
         return peak
 
     @cached_property
@@ -262,7 +263,7 @@ def _sizes(
         passing = loading_bytes(get_format(format_read), get_format(name), tensor.shape, joined)
         tensors.append(Passing(part_of(tensor, spec), on_host, passing))
         values += math.prod(tensor.shape)
-        if tensor.layer is not None and tensor.packable:
+        if tensor.packable:
             on_disk &= format_read == name and not joined and kernels.in_place(name, tensor.shape)
         if tensor.layer is not None and tensor.role == "experts":
             used = spec.layers[tensor.layer].mlp.experts_per_token
@@ -297,11 +298,13 @@ class _Tally:
         self.spec, self.outside = spec, {"embedding": 0, "head": 0}
         self.dense, self.experts = [0] * spec.num_layers, [0] * spec.num_layers
         self.small_dense, self.small_experts = [0] * spec.num_layers, [0] * spec.num_layers
+        self.small_head = 0
 
     def add(self, tensor: TensorSpec, nbytes: int) -> None:
         part = part_of(tensor, self.spec)
         if tensor.layer is None:
             self.outside[part] += nbytes
+            self.small_head += 0 if tensor.packable else nbytes
             return
         apart = part.endswith(".experts")
         (self.experts if apart else self.dense)[tensor.layer] += nbytes
@@ -309,5 +312,12 @@ class _Tally:
             (self.small_experts if apart else self.small_dense)[tensor.layer] += nbytes
 
     def pieces(self) -> Pieces:
-        layers = (tuple(x) for x in (self.dense, self.experts, self.small_dense, self.small_experts))
-        return Pieces(self.outside["embedding"], self.outside["head"], *layers)
+        return Pieces(
+            self.outside["embedding"],
+            self.outside["head"],
+            tuple(self.dense),
+            tuple(self.experts),
+            tuple(self.small_dense),
+            tuple(self.small_experts),
+            self.small_head,
+        )
