@@ -125,14 +125,15 @@ def _attend(
     k_first, k_second = _load(k_cache, rows, inside, DTYPE, DIM, HALF, KV_TYPE)
     v_first, v_second = _load(v_cache, rows, inside, DTYPE, DIM, HALF, KV_TYPE)
     scores = tl.zeros((position.shape[0], TILE), tl.float32)
-    scores = _dot(q_second, tl.trans(k_second), _dot(q_first, tl.trans(k_first), scores)) * scale
+    scores = _dot(q_second, tl.trans(k_second), _dot(q_first, tl.trans(k_first), scores))
+    scores *= scale * LOG2E if softcap is None else scale
     if softcap is not None:
-        scores = cap(scores, softcap)
+        scores = cap(scores, softcap) * LOG2E
     distance = position[:, None] - tokens[None, :]
     visible = inside[None, :] & (distance >= 0)
     if window is not None:
         visible &= distance < window
-    scores = tl.where(visible, scores * LOG2E, float("-inf"))
+    scores = tl.where(visible, scores, float("-inf"))
     highest = tl.maximum(maximum, tl.max(scores, 1))
     pivot = tl.where(highest == float("-inf"), 0.0, highest)  # nothing visible yet
     weights = tl.exp2(scores - pivot[:, None])
