@@ -63,7 +63,7 @@ def prefill_tiling(params: AttentionParams, kv_type: str, capability: int) -> Ti
     if not _tensor_cores(kv_type, capability):
         rows = max(16 if wide else 32, group)
         return Tiling(rows, 16 if wide or group > 16 else 32, 8 if rows <= 32 else 16, 1)
-    rows = max(128 if capability >= 90 and not wide else 64, group)
+    rows = max(64 if wide else 128, group)
     return Tiling(rows, 32 if wide or _quantized(kv_type) else 64, rows // (8 if wide else 16), 2)
 
 
