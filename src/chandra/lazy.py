@@ -1,4 +1,4 @@
-"""Third-party modules that are loaded on first use.
+"""Modules that are loaded on first use.
 
 Importing torch costs about 200 MB of host memory and a second. A model that runs wholly on the C++ kernels never
 needs it, so nothing below `from chandra.lazy import torch` may touch an attribute of torch at import time.
@@ -19,8 +19,13 @@ class _Lazy(ModuleType):
 
 
 if TYPE_CHECKING:
+    import hashlib
+
+    import filelock
     import torch
 else:
     torch = _Lazy("torch")
+    filelock = _Lazy("filelock")
+    hashlib = _Lazy("hashlib")  # loads OpenSSL: 4 MB
 
-__all__ = ["torch"]
+__all__ = ["filelock", "hashlib", "torch"]

@@ -143,6 +143,7 @@ def load(
         spec = read_spec(checkpoint)
         tokenizer = load_tokenizer(checkpoint)
         tokenizer.check_rows(spec.vocab_size)
+        checkpoint.release_header()
         request = request.with_defaults(settings)
         constraints = request.constraints()
         devices, machine = discover(request, settings)

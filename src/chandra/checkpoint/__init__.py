@@ -27,7 +27,7 @@ _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _KNOWN = "Chandra reads GGUF files, Hugging Face folders with safetensors, and Lit-GPT folders"
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path) -> MappedCheckpoint:
     """Open a model file or folder, whatever it is: header read and checked, weights mapped lazily.
 
     Raises ModelNotFound if there is nothing at `path`, CheckpointError for what is damaged, truncated, hostile or
@@ -38,7 +38,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return _open_file(path) if names is None else _open_folder(path, names)
 
 
-def _open_file(path: Path) -> Checkpoint:
+def _open_file(path: Path) -> MappedCheckpoint:
     start = bytes(MappedFile(path).view()[:40])
     if start.startswith(MAGIC):
         return open_gguf(path)
@@ -53,7 +53,7 @@ def _open_file(path: Path) -> Checkpoint:
     raise CheckpointError(f"{path} is not a model file: it starts with {start[:8]!r}", _KNOWN)
 
 
-def _open_folder(folder: Path, names: list[str]) -> Checkpoint:
+def _open_folder(folder: Path, names: list[str]) -> MappedCheckpoint:
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return open_safetensors(folder)
     models = [name for name in names if name.endswith(".gguf")]

@@ -33,6 +33,7 @@ from chandra.quant import format_of_ggml_type
 
 MAGIC = b"GGUF"
 MAX_STRING = 16 << 20  # bytes
+MAX_TEXT = (1 << 32) - 1  # bytes of an array of strings
 MAX_NAME = 65_535  # bytes of a key or a tensor's name
 MAX_ITEMS = 64 << 20  # of an array
 MAX_DIMS = 4
@@ -61,10 +62,10 @@ class StringArray(Sequence[str]):
         self._data = data
         self._starts = starts  # of each string's length, and the end of the last
 
-    def raw(self) -> tuple[bytes, NDArray[np.uint64], NDArray[np.uint64]]:
-        """A copy of the bytes that hold all strings, and where each begins and ends in it."""
+    def raw(self) -> tuple[memoryview, NDArray[np.uint32]]:
+        """The bytes that hold all strings, and where in them each has its length of 8 bytes; last, their end."""
         starts = np.frombuffer(self._starts, np.uint64) - self._starts[0]
-        return bytes(self._data[self._starts[0] : self._starts[-1]]), starts[:-1] + 8, starts[1:]
+        return self._data[self._starts[0] : self._starts[-1]], starts.astype(np.uint32)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -154,6 +155,8 @@ class _Cursor:
         if len(wrong) or len(lengths) < count:
             self.at = starts[wrong[0] if len(wrong) else -1]
             self.string(f"a string of {what}")  # finds the same and raises
+        if at - starts[0] > MAX_TEXT:
+            raise damaged(self.file, f"{what} has {at - starts[0]} bytes; {MAX_TEXT} are allowed")
         self.at = at
         return StringArray(data, starts)
 

@@ -162,7 +162,9 @@ class MappedCheckpoint:
         self.kind, self.path, self.metadata = kind, path, metadata
         tensors: dict[str, TensorInfo] = {}
         self._places: dict[str, tuple[MappedFile, int]] = {}
+        self._headers: list[tuple[MappedFile, int]] = []
         for file, header in parts:
+            self._headers.append((file, header.nbytes))
             for name, info in header.tensors.items():
                 if name in tensors:
                     raise damaged(file.path, f"tensor {name!r} is also in {self._places[name][0].path.name}")
@@ -194,6 +196,11 @@ class MappedCheckpoint:
         touched."""
         file, offset = self._place(name)
         file.release(offset + start, (self.tensors[name].nbytes if stop is None else stop) - start)
+
+    def release_header(self) -> None:
+        """The same for what stands before the tensors: metadata that lies there are read again when touched."""
+        for file, nbytes in self._headers:
+            file.release(0, nbytes)
 
     def close(self) -> None:
         """Unmap the files; where views of tensors are alive, the mapping goes with the last of them."""

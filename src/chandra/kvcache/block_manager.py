@@ -7,7 +7,7 @@ sequence's table can wait in swap space: its rows then name slots there.
 
 from __future__ import annotations
 
-import hashlib
+from _blake2 import blake2b  # hashlib would load OpenSSL: 4 MB
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -72,7 +72,7 @@ class BlockManager:
         `salt` names whatever else keys and values depend on (an adapter). `reuse`: look in the prefix cache.
         """
         assert seq_id not in self.tables, f"sequence {seq_id} already has a table"
-        table = BlockTable(len(self.groups), self.max_blocks, hashlib.blake2b(salt, digest_size=16).digest())
+        table = BlockTable(len(self.groups), self.max_blocks, blake2b(salt, digest_size=16).digest())
         self.tables[seq_id] = table
         if self.prefix_caching and reuse:
             full = self._longest_prefix(table, token_ids)
@@ -290,4 +290,4 @@ class BlockManager:
         for index in range(len(table.hashes), full):
             parent = table.hashes[-1] if table.hashes else table.root
             tokens = token_ids[index * size : (index + 1) * size].tobytes()
-            table.hashes.append(hashlib.blake2b(parent + tokens, digest_size=16).digest())
+            table.hashes.append(blake2b(parent + tokens, digest_size=16).digest())

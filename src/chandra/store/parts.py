@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from chandra.errors import DigestMismatch, DiskFull, StoreError
+from chandra.lazy import filelock, hashlib
 from chandra.memory.device import format_size
 
 Progress = Callable[[str, int, int], None]  # phase, bytes done, bytes in all (0: unknown)
@@ -46,12 +44,12 @@ def locked(lock: Path, progress: Progress, phase: str) -> Iterator[None]:
     """Holds a lock between processes; says so while another one has it."""
     with storing(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(lock)
+        held = filelock.FileLock(lock)
         while True:
             try:
                 held.acquire(timeout=0.2)
                 break
-            except Timeout:
+            except filelock.Timeout:
                 progress(f"{phase}: waiting for another process", 0, 0)
     try:
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -10,9 +9,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from chandra.errors import ModelNotFound, StoreError, UsageError
+from chandra.lazy import filelock, hashlib
 from chandra.store.catalog import Catalog, Entry, load_catalog
 from chandra.store.manifests import Manifests, StoredModel
 from chandra.store.names import Name, parse_name
@@ -153,8 +151,11 @@ class Store:
 
     @contextmanager
     def hold(self, model: StoredModel) -> Iterator[None]:
-        """Marks a model as loaded by this process, so that `remove` can tell."""
-        lock = FileLock(self._holds(model) / f"{os.getpid()}-{next(_holders)}.lock")
+        """Marks a model of the store as loaded by this process, so that `remove` can tell."""
+        if model.source == "file":
+            yield
+            return
+        lock = filelock.FileLock(self._holds(model) / f"{os.getpid()}-{next(_holders)}.lock")
         with suppress(OSError):  # a store that cannot be written loses no model either
             Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -198,9 +199,9 @@ class Store:
     def _is_held(self, model: StoredModel) -> bool:
         for path in self._holds(model).glob("*.lock"):
             try:
-                with FileLock(path, timeout=0):
+                with filelock.FileLock(path, timeout=0):
                     path.unlink(missing_ok=True)  # left by a process that was killed
-            except Timeout:
+            except filelock.Timeout:
                 return True
         return False
 
@@ -209,13 +210,13 @@ class Store:
         freed = 0
         for blob in sorted(self.blobs.glob("sha256-" + "[0-9a-f]" * 64)):
             try:
-                with storing(blob), FileLock(self._lock(blob), timeout=0):  # whoever writes it holds the lock
+                with storing(blob), filelock.FileLock(self._lock(blob), timeout=0):  # whoever writes it holds the lock
                     models = list(self.manifests.scan())
                     if any(isinstance(model, StoreError) or blob in (model.path, *model.adapters) for model in models):
                         continue
                     freed += blob.stat().st_size
                     blob.unlink()
-            except Timeout:
+            except filelock.Timeout:
                 continue
         return freed
 

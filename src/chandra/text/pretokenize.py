@@ -6,8 +6,13 @@ The patterns are those of the models' own tokenizer.json files; each cuts what t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
 
 from chandra.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import Sequence
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -94,8 +99,12 @@ def splitter(kind: str) -> Callable[[str], list[str]]:
         raise UnsupportedError(
             f"unknown pre-tokenizer {kind!r}", "Use a newer Chandra, or a GGUF file of a model it knows."
         )
-    from tokenizers import Regex  # here: SentencePiece models do without these 4 MB
-    from tokenizers.pre_tokenizers import Sequence, Split
 
-    steps = Sequence([Split(Regex(pattern), "isolated") for pattern in _PATTERNS[kind]])
-    return lambda text: [word for word, _ in steps.pre_tokenize_str(text)]
+    @cache
+    def steps() -> Sequence:
+        from tokenizers import Regex  # here: these 4 MB are needed for text only
+        from tokenizers.pre_tokenizers import Sequence, Split
+
+        return Sequence([Split(Regex(pattern), "isolated") for pattern in _PATTERNS[kind]])
+
+    return lambda text: [word for word, _ in steps().pre_tokenize_str(text)]

@@ -22,30 +22,34 @@ def utf8(text: str | bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Strings:
-    """Strings as UTF-8 in one text. `begins`, `ends`: uint32 [n]."""
+    """Strings as UTF-8 in one text: string i ends where i + 1 `starts` (uint32 [n + 1]), and begins `gap` bytes after
+    its start."""
 
-    text: bytes
-    begins: NDArray[np.uint32]
-    ends: NDArray[np.uint32]
+    text: memoryview
+    starts: NDArray[np.uint32]
+    gap: int
 
     @classmethod
     def of(cls, strings: Iterable[str | bytes]) -> Strings:
         if isinstance(strings, StringArray):
-            text, begins, ends = strings.raw()
-        else:
-            pieces = list(map(utf8, strings))
-            ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-            text, begins = b"".join(pieces), np.append(0, ends)[:-1]
-        return cls(text, begins.astype(np.uint32), ends.astype(np.uint32))
+            text, starts = strings.raw()
+            return cls(text, starts, 8)
+        pieces = list(map(utf8, strings))
+        starts = np.cumsum([0, *map(len, pieces)]).astype(np.uint32)
+        return cls(memoryview(b"".join(pieces)), starts, 0)
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        return bytes(self.text[int(self.starts[index]) + self.gap : self.starts[index + 1]])
 
     def __iter__(self) -> Iterator[bytes]:
-        def some(start: int) -> Iterator[bytes]:  # not all at once: a hundred bytes each while they last
-            stop = start + 4096
-            slices = map(slice, self.begins[start:stop].tolist(), self.ends[start:stop].tolist())
-            return map(self.text.__getitem__, slices)
+        text = bytes(self.text)
+
+        def some(start: int) -> Iterator[bytes]:  # not all at once: each would take a hundred bytes meanwhile
+            starts = self.starts[start : start + 4097].astype(np.int64)
+            return map(text.__getitem__, map(slice, (starts[:-1] + self.gap).tolist(), starts[1:].tolist()))
 
         return chain.from_iterable(map(some, range(0, len(self), 4096)))
 
@@ -85,15 +89,16 @@ class Vocabulary:
         return self.raw(id).decode("utf-8", "surrogateescape")
 
     def raw(self, id: int) -> bytes:
-        return self._tokens.text[self._tokens.begins[id] : self._tokens.ends[id]]
+        return self._tokens[id]
 
     def holding(self, part: bytes) -> list[int]:
         """The tokens that hold a part behind their first byte."""
         tokens = self._tokens
         text, places = np.frombuffer(tokens.text, np.uint8), max(0, len(tokens.text) - len(part) + 1)
         found = np.flatnonzero(np.all([text[i : i + places] == byte for i, byte in enumerate(part)], axis=0))
-        ids = np.searchsorted(tokens.begins, found, "right") - 1
-        inside = (found > tokens.begins[ids]) & (found + len(part) <= tokens.ends[ids])
+        ids = np.searchsorted(tokens.starts, found, "right") - 1
+        begins, ends = tokens.starts[ids].astype(np.int64) + tokens.gap, tokens.starts[ids + 1]
+        inside = (found > begins) & (found + len(part) <= ends)
         return [int(id) for id in np.unique(ids[inside])]
 
     def find(self, text: str) -> int | None:
