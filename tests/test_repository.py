@@ -61,7 +61,7 @@ def test_every_function_that_the_architecture_names_exists() -> None:
 
 # Memory is made by the ledger's side of the house (backends, the pool through them) and nowhere else, but for these
 # functions, each with the row of the ledger that pays for what it makes.
-MAKES_MEMORY = ("backends/", "ops/reference.py", "memory/", "quant/", "planner/")  # of quant see "loading"
+MAKES_MEMORY = ("backends/", "bench/", "ops/reference.py", "memory/", "quant/", "planner/")  # of quant see "loading"
 PAID_BY = {
     ("engine/model_runner.py", "__init__"): "workspace: kvcache.index_bytes",
     ("engine/sequence.py", "__init__"): "workspace: kvcache.index_bytes",

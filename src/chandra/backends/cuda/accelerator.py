@@ -84,6 +84,10 @@ class Accelerator:
         """Bytes that merely using the device has taken: the context, kernels, libraries."""
         return 0
 
+    def allocated_peak(self) -> int:
+        """The most bytes of the device that torch's allocator has had."""
+        return 0
+
     def limit(self, nbytes: int) -> Callable[[], None]:  # noqa: ARG002
         """Let this process allocate so many bytes more of the device; call the result to take that back."""
         return lambda: None
@@ -157,6 +161,9 @@ class CudaAccelerator(Accelerator):
         if self._before is None:
             return 0
         return max(0, self.taken() - self._before - torch.cuda.memory_reserved(self.device))
+
+    def allocated_peak(self) -> int:
+        return int(torch.cuda.max_memory_reserved(self.device))
 
     def limit(self, nbytes: int) -> Callable[[], None]:
         self._allow(nbytes)

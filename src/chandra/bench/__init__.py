@@ -1,0 +1,1 @@
+"""Measurements of a machine with the real kernels: `python -m chandra.bench gpu --out FOLDER`."""
