@@ -18,7 +18,7 @@ from triton import knobs
 
 from chandra.backends.cuda.accelerator import Accelerator
 from chandra.backends.cuda.backend import CudaBackend
-from chandra.bench import aot, checks, peers, speed, synthetic
+from chandra.bench import checks, peers, speed, synthetic
 from chandra.config import SamplingParams
 from chandra.errors import ChandraError, UsageError
 from chandra.lazy import torch
@@ -154,7 +154,6 @@ PARTS: dict[str, Callable[[Bench], Any]] = {
     "speed": lambda bench: bench.cases(SPEED),
     "offload": lambda bench: bench.cases(OFFLOAD),
     "peers": peer,
-    "aot": lambda bench: aot.figures(bench.tiny),
 }
 
 
@@ -177,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + arguments.seconds
     bench = Bench(arguments.out, arguments.tiny, interpret, arguments.model, until)
-    wanted = arguments.part or [name for name in PARTS if name != "aot" and not (bench.out / f"{name}.json").exists()]
+    wanted = arguments.part or [name for name in PARTS if not (bench.out / f"{name}.json").exists()]
     for name in wanted:
         if time.monotonic() > until:
             print(f"{name}: out of time; run again to go on")

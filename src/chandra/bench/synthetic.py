@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from chandra.backends.cuda.accelerator import Accelerator
 from chandra.backends.cuda.backend import CudaBackend
 from chandra.backends.cuda.sizes import Scratch
 from chandra.checkpoint.base import TensorInfo
-from chandra.config import SamplingParams
 from chandra.engine import Engine, EngineConfig
 from chandra.kvcache import KVPool, group_layers
 from chandra.lazy import torch
@@ -24,7 +23,7 @@ from chandra.memory.ledger import Kind, Ledger
 from chandra.memory.plan import Plan
 from chandra.models import Backends, ModelSpec, load_decoder, tensor_table
 from chandra.ops.contracts import Array, Backend, Weight
-from chandra.planner import ASSUMED_HOST, Constraints, Machine, machine_with, plan, plannable_config, tensor_formats
+from chandra.planner import Constraints, Machine, plan, plannable_config, tensor_formats
 from chandra.planner.kernels import BuiltKernels, Limits
 from chandra.quant import PackedWeight, get_format
 
@@ -70,6 +69,9 @@ class RandomCheckpoint:
             self._known[key] = random_weight(*key)
         return self._known[key]
 
+    def prefetch(self, name: str) -> None:
+        pass
+
     def release(self, name: str) -> None:
         pass
 
@@ -100,20 +102,6 @@ class RepeatingBackend(CudaBackend):
         memory = self.empty((self.weight_nbytes(weight.format, weight.shape),), "uint8")
         memory.untyped_storage().copy_(known[key])
         return self.bind_weight(weight.format, weight.shape, memory)
-
-
-def launches(name: str, recording: Callable[[], AbstractContextManager[list[Any]]]) -> list[Any]:
-    """What a prefill and decodes of one layer of a model launch; nothing is computed."""
-    config = CONFIGS[name] | {"num_hidden_layers": 1}
-    devices = [Device("cuda:0", "cuda", 8 << 30), Device("cpu", "cpu", 8 << 30)]
-    limits = Constraints(context=64, parallel=1, chunk=32, kv_type="f16")
-    with recording() as recorded:
-        loaded = load(config, "Q8_0", devices, machine_with(ASSUMED_HOST, devices), limits, True)
-        loaded.engine.add([3] * 8, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
-        while loaded.engine.has_work():
-            loaded.engine.step()
-    loaded.resources.close()
-    return recorded
 
 
 @dataclass(frozen=True)

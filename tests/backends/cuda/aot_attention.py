@@ -6,10 +6,10 @@ import json
 import sys
 from dataclasses import asdict
 
+import aot
 import torch
 
 from chandra.backends.cuda import attention, fused
-from chandra.bench import aot
 from chandra.ops.contracts import AttentionParams, KVLayer, Norm, RopeParams
 from chandra.ops.reference import packed_rows
 

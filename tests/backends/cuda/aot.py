@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +98,3 @@ def _usage(cubin: bytes) -> dict[str, int]:
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
-
-
-def figures(tiny: bool) -> list[dict[str, Any]]:
-    """What the kernels of a model of one layer take on several GPUs; an error where one does not compile."""
-    from chandra.bench import synthetic
-
-    name, sms = ("tiny", (80,)) if tiny else ("llama-2-7b", (75, 80, 90, 120))
-    recorded = synthetic.launches(name, launches)
-    out: list[dict[str, Any]] = []
-    for sm in sms:
-        for launch in recorded:
-            try:
-                out.append(asdict(compiled(launch, sm)))
-            except Exception as error:
-                out.append({"kernel": launch.kernel.__name__, "capability": sm, "error": str(error).splitlines()[0]})
-    return out
