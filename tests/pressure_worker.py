@@ -61,7 +61,7 @@ def main(model: str, mode: str) -> None:
             given = before - resident_bytes()[0]
             if mode == "injected":
                 pressure.available = lambda: free - resident(balloon.pid) + before - resident_bytes()[0]
-            pressure.margin = MARGIN
+            pressure.margin, pressure._next = MARGIN, 0.0
             finish(llm, disturbed)
             given = before - resident_bytes()[0]
             steps, low = [str(step) for step in pressure.steps], pressure.available()

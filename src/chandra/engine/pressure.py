@@ -23,7 +23,7 @@ from chandra.models import Decoder
 Action = Literal["swap", "cache", "spill", "chunk", "layers", "context"]
 
 HOST = "cpu"
-PERIOD = 0.2  # seconds between two readings of the system's memory
+PERIOD = 0.5  # seconds between two readings of the system's memory
 PATIENCE = 2.0  # seconds without pressure before anything is taken back
 KEPT = 20  # steps that are remembered
 GAIN = 0.1  # share of a cache below which it is not worth growing
