@@ -74,15 +74,17 @@ def compiled(launch: Launch, capability: int) -> Figures:
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
+            continue
+        if isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + TYPES[str(value.dtype).removeprefix("torch.")]
             aligned = value.data_ptr() % 16 == 0
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
             aligned = isinstance(value, int) and value % 16 == 0
-        if signature[parameter.name] != "constexpr" and aligned:
+        if aligned and special and not parameter.do_not_specialize_on_alignment:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)

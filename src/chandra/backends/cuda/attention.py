@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FLOAT = 4
 SMALL_SHARED = (86, 89, 120)  # compute capabilities with less shared memory than 8.0 has
+SEQUENCES = 64  # of a prefill, at least: few sizes are compiled
 COMBINED = 32  # splits that `combine` reads at once
 SHORT, LONG, SHORT_SPLITS = (int(n.value) for n in (kernels.SHORT, kernels.LONG, kernels.SHORT_SPLITS))
 
@@ -125,7 +126,7 @@ def attention(
             out,
             *numbers,
             extent.sequences,
-            SEQUENCES=padded(extent.sequences),
+            SEQUENCES=padded(max(SEQUENCES, extent.sequences)),
             **_constants(params, cache, tiling),
         )
     if extent.sequences > extent.prefills:

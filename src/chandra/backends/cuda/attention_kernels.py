@@ -16,6 +16,7 @@ import triton.language as tl
 
 from chandra.backends.cuda.fused_kernels import cap
 
+# Sizes of a batch are not specialized for: compiling in the middle of an answer would stall it.
 # a line for every argument would bury the code
 # fmt: off
 
@@ -152,7 +153,7 @@ def _empty(M: tl.constexpr, HALF: tl.constexpr):
     return tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32), output, output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "table_width", "splits"], do_not_specialize_on_alignment=["maxima", "totals"])
 def decode(
     q, query_start, context_lens, block_tables, k_cache, v_cache, outputs, maxima, totals,
     scale, softcap, window, table_width, splits,
@@ -191,7 +192,7 @@ def decode(
     _store_head(outputs + parts * DIM, (first, second), m < GROUP, DIM, HALF, KV_TYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "splits"], do_not_specialize_on_alignment=["maxima", "totals"])
 def combine(
     query_start, context_lens, outputs, maxima, totals, out, window, splits,
     HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
@@ -236,7 +237,7 @@ def _tile_of(query_start, sequences, QUERIES: tl.constexpr, SEQUENCES: tl.conste
     return sequence, (tile - tl.max(tl.where(ends <= tile, ends, 0), 0)) * QUERIES
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window", "table_width", "sequences"])
 def prefill(
     q, query_start, context_lens, block_tables, k_cache, v_cache, out,
     scale, softcap, window, table_width, sequences,

@@ -37,7 +37,7 @@ def norm_rows(
     tl.store(places, values.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def finish_logits(logits, count, scale, softcap, SIZE: tl.constexpr):
     """logits = softcap * tanh(logits * scale / softcap), in place."""
     places = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
