@@ -35,7 +35,7 @@ Parts: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
 
 ROWS = 32  # rows are padded to a multiple of this
 ALIGNMENT = 128  # bytes
-CHUNK = 1 << 19  # values repacked at once
+CHUNK = 1 << 18  # values that a thread repacks at once, in some 8 bytes each
 THREADS = 8  # that repack
 SUPER = 256  # columns of a super-block
 

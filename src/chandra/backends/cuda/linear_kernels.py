@@ -54,8 +54,8 @@ def _plain(
     for span in range(first, last):
         k = span * WIDTH
         v = _activations(xs, k, live, inputs, WIDTH, PADDED)
-        if codes.dtype.element_ty == tl.float32:  # of a router: rounding it would change who is chosen
-            acc = tl.dot(tl.load(ws + k), v.to(tl.float32), acc, input_precision="ieee")
+        if codes.dtype.element_ty == tl.float32:  # as a router: rounding it would change who is chosen
+            acc = tl.dot(tl.load(ws + k), v.to(tl.float32), acc, input_precision="tf32x3")
         else:
             acc = tl.dot(tl.load(ws + k).to(DTYPE), v, acc)
     return acc
