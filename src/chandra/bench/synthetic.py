@@ -69,10 +69,10 @@ class RandomCheckpoint:
             self._known[key] = random_weight(*key)
         return self._known[key]
 
-    def prefetch(self, name: str) -> None:
+    def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
         pass
 
-    def release(self, name: str) -> None:
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         pass
 
     def close(self) -> None:
@@ -144,11 +144,18 @@ def load(
         decoder = load_decoder(
             RandomCheckpoint(spec, tensor_formats(spec, label)),
             spec,
-            Backends(backends[made.embedding.device], owners, backends[made.head.device]),
+            Backends(
+                backends[made.embedding.device],
+                owners,
+                backends[made.head.device],
+                {int(part.name.split(".")[1]): backends[part.device] for part in made.experts},
+                {part.name: part.placement for part in made.parts()},
+            ),
             ledger,
             context_length=made.workload.context,
             max_rows=made.chunk,
             max_logit_rows=made.max_logit_rows,
+            micro_rows=made.micro_rows,
         )
         resources.callback(decoder.close)
         groups = group_layers([layer.attention for layer in spec.layers], [part.device for part in made.layers])

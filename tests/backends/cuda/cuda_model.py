@@ -12,6 +12,7 @@ from chandra.checkpoint.base import TensorInfo
 from chandra.kvcache import KVPool, group_layers
 from chandra.memory.device import Device
 from chandra.memory.ledger import Ledger
+from chandra.memory.plan import Placement
 from chandra.models import Backends, load_decoder, spec_from_config, tensor_table
 from chandra.models.spec import ModelSpec
 from chandra.ops.contracts import Backend, ForwardBatch, KVLayer, KVTables
@@ -68,7 +69,10 @@ class RandomCheckpoint:
     def read(self, name: str) -> PackedWeight:
         return self.weights[name]
 
-    def release(self, name: str) -> None:
+    def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        pass
+
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         pass
 
     def close(self) -> None:
@@ -100,8 +104,11 @@ class View:
 
 
 class Model:
-    def __init__(self, name: str, backends: Sequence[Backend], form: str = "Q8_0", kv_type: str = "f16") -> None:
-        """Layers are dealt to the backends in turn; the first has the embedding, the last the head."""
+    def __init__(
+        self, name: str, backends: Sequence[Backend], form: str = "Q8_0", kv_type: str = "f16", streamed: int = 0
+    ) -> None:
+        """Layers are dealt to the backends in turn; the first has the embedding, the last the head. The first
+        `streamed` layers are copied for each use."""
         config = SHAPE | CONFIGS[name]
         self.spec = spec_from_config(config)
         count = self.spec.num_layers
@@ -109,7 +116,8 @@ class Model:
         names = [backend.device.name for backend in owners]
         devices = {b.device.name: b.device for b in backends}
         self.ledger = Ledger([*devices.values(), *([] if "cpu" in devices else [Device("cpu", "cpu", 1 << 30)])])
-        places = Backends(backends[0], tuple(owners), backends[-1])
+        placed: dict[str, Placement] = {f"layers.{i}": "stream" for i in range(streamed)}
+        places = Backends(backends[0], tuple(owners), backends[-1], {}, placed)
         self.decoder = load_decoder(
             RandomCheckpoint(self.spec, config, form),
             self.spec,

@@ -57,6 +57,12 @@ def test_layers_lie_on_two_logical_devices_and_the_cpu() -> None:
     assert second.arena.peak > 0
 
 
+def test_streamed_layers_say_the_same() -> None:
+    backend = cuda(graphs=1 << 20)
+    wanted = Model("llama", [backend], "Q4_0").talk(2)
+    assert np.array_equal(Model("llama", [backend], "Q4_0", streamed=2).talk(2), wanted)
+
+
 def test_a_recorded_step_is_repeated_and_forgotten_when_memory_moves() -> None:
     backend = cuda(graphs=1 << 20)
     model = Model("llama", [backend])

@@ -101,7 +101,9 @@ class Accelerator:
 class CudaAccelerator(Accelerator):
     """A GPU. Raises DeviceError if it is not there or cannot be used."""
 
-    _limits: dict[int, int] = {}  # noqa: RUF012 (one allocator a device for the whole process)
+    # One allocator and one context of a GPU for the whole process: bytes allowed, bytes in use before there was either.
+    _limits: dict[int, int] = {}  # noqa: RUF012
+    _before: dict[int, int | None] = {}  # noqa: RUF012
 
     def __init__(self, index: int) -> None:
         gpus = find_gpus()
@@ -111,7 +113,7 @@ class CudaAccelerator(Accelerator):
         self.gpu = gpus[index]
         self.capability = self.gpu.capability
         self.device = torch.device("cuda", index)
-        self._before = self.gpu.in_use()
+        self._before.setdefault(index, self.gpu.in_use())
         self.half = torch.bfloat16 if self.capability >= (8, 0) else torch.float16
         with self.guard():
             torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # else blocks waste up to 2 MiB
@@ -158,9 +160,10 @@ class CudaAccelerator(Accelerator):
         return in_use
 
     def context_bytes(self) -> int:
-        if self._before is None:
+        before = self._before[self.gpu.index]
+        if before is None:
             return 0
-        return max(0, self.taken() - self._before - torch.cuda.memory_reserved(self.device))
+        return max(0, self.taken() - before - torch.cuda.memory_reserved(self.device))
 
     def allocated_peak(self) -> int:
         return int(torch.cuda.max_memory_reserved(self.device))
@@ -172,7 +175,8 @@ class CudaAccelerator(Accelerator):
     def _allow(self, nbytes: int) -> None:
         index = self.gpu.index
         self._limits[index] = self._limits.get(index, 0) + nbytes
-        torch.cuda.set_per_process_memory_fraction(min(1.0, self._limits[index] / self.gpu.total), self.device)
+        allowed = max(0, self._limits[index] - self.context_bytes())
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / self.gpu.total), self.device)
 
     @contextmanager
     def guard(self) -> Iterator[None]:
