@@ -1,0 +1,195 @@
+"""Layers and experts that are not where they are computed give the bits of those that are, whatever goes wrong."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from model_kit import CPU, DenseKV, MemoryCheckpoint
+from tiny_models import packed
+
+from chandra.backends.cpu.backend import CpuBackend
+from chandra.backends.virtual.backend import VirtualBackend
+from chandra.memory.device import Device
+from chandra.memory.ledger import Kind, Ledger
+from chandra.models import Backends, Decoder, ModelSpec, TensorSpec, load_decoder, spec_from_config, tensor_table
+from chandra.models.tensors import NAMES
+from chandra.ops.contracts import Array, Fetch, HostBytes
+
+DENSE: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": True,
+}
+MOE: dict[str, Any] = {
+    **DENSE,
+    "model_type": "qwen3_moe",
+    "head_dim": 16,
+    "attention_bias": False,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
+
+
+@dataclass
+class FileLike(MemoryCheckpoint):
+    """Counts what would be read from a file; `failures` of the next reads fail."""
+
+    read_ahead: int = 0
+    failures: int = 0
+
+    def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:  # noqa: ARG002
+        self.read_ahead += 1
+        if self.failures:
+            self.failures -= 1
+            raise OSError("the disk is gone")
+
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:  # noqa: ARG002
+        self.released.append(name)
+
+
+class Unreliable(VirtualBackend):
+    """Some copies to it fail."""
+
+    failures = 0
+
+    def fetch(self, host: HostBytes, out: Array) -> Fetch:
+        if self.failures:
+            self.failures -= 1
+            return super().fetch(host, out[:1])
+        return super().fetch(host, out)
+
+
+def model(config: dict[str, Any], layers: int, form: str = "Q8_0") -> tuple[ModelSpec, FileLike]:
+    config = {**config, "num_hidden_layers": layers}
+    spec = spec_from_config(config)
+    torch.manual_seed(0)
+    weights = {}
+    for tensor in tensor_table(spec):
+        values = torch.randn(tensor.shape) * 0.1 + (1 if tensor.role == "norm" else 0)
+        weights[gguf_name(tensor)] = packed(values.numpy(), form if tensor.packable else "F32")
+    return spec, FileLike("gguf", config, weights)
+
+
+def gguf_name(tensor: TensorSpec) -> str:
+    """GGUF has all experts of a layer in one tensor, as it takes to use them in the file."""
+    base, suffix = tensor.name.rsplit(".", 1)
+    key = base if tensor.layer is None else base.split(".", 3)[3]
+    return f"{NAMES['gguf'][key][0].base.format(i=tensor.layer)}.{suffix}"
+
+
+class Run:
+    """A decoder with some placements, on a virtual device or the CPU."""
+
+    def __init__(
+        self, spec: ModelSpec, source: FileLike, placements: dict[str, Any], away: bool, experts: bool = False
+    ) -> None:
+        cpu, gpu = CpuBackend(CPU), Unreliable(Device("virtual:0", "virtual", 1 << 30))
+        self.spec, self.gpu, self.ledger = spec, gpu, Ledger([CPU, gpu.device])
+        backend = gpu if away else cpu
+        apart = dict.fromkeys(range(spec.num_layers), cpu) if experts else {}
+        places = Backends(cpu, (backend,) * spec.num_layers, cpu, apart, placements)
+        limits = {"context_length": 64, "max_rows": 64, "max_logit_rows": 64}
+        self.decoder: Decoder = load_decoder(source, spec, places, self.ledger, **limits)
+
+    def logits(self, steps: int = 3) -> np.ndarray:
+        kv = DenseKV(self.spec, CpuBackend(CPU), 1, 32)
+        tokens = [int(t) for t in np.random.default_rng(3).integers(0, 96, 8 + steps)]
+        out = [self.decoder.forward(kv.batch([(0, tokens[:8], 0)]), kv).copy()]
+        out += [self.decoder.forward(kv.batch([(0, [tokens[8 + i]], 8 + i)]), kv).copy() for i in range(steps)]
+        return np.concatenate(out)
+
+    def reserved(self, device: str, kind: Kind) -> int:
+        return {(row.device, row.kind): row.reserved for row in self.ledger.rows()}.get((device, kind), 0)
+
+
+def every(layers: int, placement: str) -> dict[str, Any]:
+    return {f"layers.{i}": placement for i in range(layers)}
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+@pytest.mark.parametrize(("placement", "away"), [("stream", True), ("disk", True), ("disk", False)])
+def test_streams_of_any_length_give_the_same_bits(
+    config: dict[str, Any], layers: int, placement: str, away: bool
+) -> None:
+    spec, source = model(config, layers)
+    plain = Run(spec, source, {}, away)
+    streamed = Run(spec, source, every(layers, placement), away)
+    assert np.array_equal(plain.logits(), streamed.logits())
+    held = streamed.reserved("virtual:0", Kind.WEIGHTS)
+    assert held < plain.reserved("virtual:0", Kind.WEIGHTS) or not away
+    if away:
+        assert streamed.gpu.arena.used <= sum(r.reserved for r in streamed.ledger.rows() if r.device == "virtual:0")
+    streamed.decoder.close()
+    assert not any(row.reserved for row in streamed.ledger.rows())
+
+
+@pytest.mark.parametrize("placement", ["resident", "disk"])
+def test_experts_apart_give_the_same_bits(placement: str) -> None:
+    spec, source = model(MOE, 3)
+    plain = Run(spec, source, {}, away=False)
+    apart = Run(spec, source, {f"layers.{i}.experts": placement for i in range(3)}, away=True, experts=True)
+    assert np.array_equal(plain.logits(), apart.logits())
+    experts = sum(w.nbytes for name, w in source.weights.items() if "_exps" in name)
+    assert apart.reserved("virtual:0", Kind.WEIGHTS) + experts <= sum(w.nbytes for w in source.weights.values())
+    assert apart.reserved("virtual:0", Kind.STAGING) == 0
+
+
+@pytest.mark.parametrize(("placement", "away"), [("stream", True), ("disk", False)])
+def test_what_goes_wrong_beside_a_step_is_its_error_and_the_next_step_works(placement: str, away: bool) -> None:
+    spec, source = model(DENSE, 4)
+    run = Run(spec, source, every(4, placement), away)
+    expected = run.logits()
+    run.gpu.failures = source.failures = 1
+    with pytest.raises((ValueError, OSError), match=r"broadcast|gone"):
+        run.logits()
+    assert np.array_equal(run.logits(), expected)
+
+
+@pytest.mark.parametrize(("placement", "away"), [("stream", True), ("disk", True), ("disk", False)])
+def test_a_step_may_be_cut_short(placement: str, away: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, source = model(DENSE, 5)
+    run = Run(spec, source, every(5, placement), away)
+    expected = run.logits()
+    layer = DenseKV.layer
+    for last in range(5):
+
+        def stop(self: DenseKV, index: int, last: int = last) -> Any:
+            if index == last:
+                raise RuntimeError("no cache")
+            return layer(self, index)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DenseKV, "layer", stop)
+            with pytest.raises(RuntimeError, match="no cache"):
+                run.logits()
+        assert np.array_equal(run.logits(), expected)
+
+
+def test_closing_waits_for_the_threads() -> None:
+    before = set(threading.enumerate())
+    spec, source = model(DENSE, 4)
+    for placement, away in (("disk", True), ("disk", False), ("stream", True)):
+        run = Run(spec, source, every(4, placement), away)
+        run.logits()
+        run.decoder.close()
+        run.decoder.close()
+        del run
+    gc.collect()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive()
