@@ -1,10 +1,14 @@
-"""Triton kernels run in its interpreter on tensors of the CPU. The variable has to be set before triton is imported."""
+"""Triton kernels run in its interpreter on tensors of the CPU, unless a GPU is asked for (`cuda_device.py`).
+
+The variable has to be set before triton is imported.
+"""
 
 from __future__ import annotations
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"
+if "CHANDRA_TEST_GPU" not in os.environ:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from typing import Any
 

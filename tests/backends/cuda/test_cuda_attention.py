@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from attention_reference import Case, random_case, reference
+from cuda_device import call
 
 from chandra.backends.cuda import attention, fused
 from chandra.ops.contracts import AttentionParams, KVLayer, Norm, RopeParams
@@ -43,7 +44,8 @@ def attend(case: Case, parts: Parts, filler: int = 0) -> Any:
     extent = attention.Extent.of(np.diff(query_start).tolist(), int(context_lens.max()))
     scratch_bytes = attention.scratch_bytes(case.params, extent.sequences, extent.max_context)
     out = torch.full(queries.shape, torch.nan)
-    attention.attention(
+    call(
+        attention.attention,
         queries,
         torch.from_numpy(query_start),
         torch.from_numpy(context_lens),
@@ -135,11 +137,11 @@ def test_steps_of_a_model_match_float64(interleaved: bool) -> None:
         batch, tables, q, k, v = case.batch(parts)
         rotated, out = torch.empty(q.shape), torch.empty(q.shape)
         positions, slots = torch.from_numpy(batch.positions), torch.from_numpy(tables.slots)
-        fused.rope_write(*map(torch.from_numpy, (q, k, v)), positions, params, cache, slots, rotated)
+        call(fused.rope_write, *map(torch.from_numpy, (q, k, v)), positions, params, cache, slots, rotated)
         extent = attention.Extent.of(np.diff(batch.query_start).tolist(), int(batch.context_lens.max()))
         scratch = torch.empty(attention.scratch_bytes(params, extent.sequences, extent.max_context) // 4)
         arrays = map(torch.from_numpy, (batch.query_start, batch.context_lens, tables.block_table))
-        attention.attention(rotated, *arrays, params, cache, out, scratch, extent)
+        call(attention.attention, rotated, *arrays, params, cache, out, scratch, extent)
         for i, (sequence, _, _) in enumerate(parts):
             got[sequence].append(out[batch.query_start[i] : batch.query_start[i + 1]])
     for sequence in range(2):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from cuda_device import call
 
 from chandra.backends.cuda import fused
 from chandra.ops.contracts import AttentionParams, KVLayer, Norm, RopeParams
@@ -35,10 +36,10 @@ def test_norms_match_float64(generator: torch.Generator, kind: Any, width: int, 
     wanted = normed(x.double(), norm)
     bound = TOLERANCE[dtype]
     out = torch.empty(3, width, dtype=dtype)
-    fused.norm(x, norm, out)
+    call(fused.norm, x, norm, out)
     torch.testing.assert_close(out.double(), wanted, rtol=bound, atol=bound)
     gathered = torch.empty(2, width, dtype=dtype)
-    fused.rows(x, torch.tensor([2, 0], dtype=torch.int32), norm, gathered)
+    call(fused.rows, x, torch.tensor([2, 0], dtype=torch.int32), norm, gathered)
     assert torch.equal(gathered, out[[2, 0]])
 
 
@@ -47,7 +48,7 @@ def test_normed_rows_are_added_to_the_residual(generator: torch.Generator, kind:
     y, residual = torch.randn(2, 3, 80, generator=generator)
     norm = None if kind is None else random_norm(generator, 80, kind)
     wanted = residual.double() + normed(y.double(), norm)
-    fused.norm_add(y, norm, residual)
+    call(fused.norm_add, y, norm, residual)
     torch.testing.assert_close(residual.double(), wanted, rtol=2e-6, atol=2e-6)
 
 
@@ -57,7 +58,7 @@ def test_logits(generator: torch.Generator, softcap: float | None) -> None:
     wanted = logits.double() * 0.7
     if softcap is not None:
         wanted = softcap * torch.tanh(wanted / softcap)
-    fused.logits_finish(logits, 0.7, softcap)
+    call(fused.logits_finish, logits, 0.7, softcap)
     torch.testing.assert_close(logits.double(), wanted, rtol=2e-6, atol=1e-5)
 
 
@@ -96,7 +97,7 @@ def test_rope_and_what_is_written(
     q = torch.randn(5, heads * d, generator=generator)
     k, v = torch.randn(2, 5, kv_heads * d, generator=generator)
     cache, q_out = empty_cache(kv_type, kv_heads, d), torch.empty_like(q)
-    fused.rope_write(q.clone(), k.clone(), v, POSITIONS, params, cache, SLOTS, q_out)
+    call(fused.rope_write, q.clone(), k.clone(), v, POSITIONS, params, cache, SLOTS, q_out)
 
     queries, keys = (x.double().reshape(5, -1, d) for x in (q, k))
     if rope is not None:
@@ -127,7 +128,7 @@ def test_ties_zeros_and_halves_are_packed_as_the_format_does(generator: torch.Ge
     v[3] = torch.where(v[3] == 0, 0.0, v[3].sign())
     cache = empty_cache(kv_type, 4, 64)
     params = AttentionParams(4, 4, 64, 1.0)
-    fused.rope_write(v, v, v, POSITIONS, params, cache, SLOTS, torch.empty_like(v))
+    call(fused.rope_write, v, v, v, POSITIONS, params, cache, SLOTS, torch.empty_like(v))
     assert torch.equal(written(cache.v, SLOTS, 8), packed_rows(v.reshape(5, 4, 64), kv_type))
     assert torch.equal(cache.k, cache.v)
 
@@ -142,7 +143,7 @@ def test_head_norms_come_before_rope(generator: torch.Generator, kind: Any, inte
     q = torch.randn(5, 4 * d, generator=generator)
     k, v = torch.randn(2, 5, 2 * d, generator=generator)
     cache, q_out = empty_cache("f32", 2, d), torch.empty_like(q)
-    fused.rope_write(q, k, v, POSITIONS, params, cache, SLOTS, q_out)
+    call(fused.rope_write, q, k, v, POSITIONS, params, cache, SLOTS, q_out)
     for got, x, norm in [(q_out.reshape(5, -1, d), q, q_norm), (written(cache.k, SLOTS, 8), k, k_norm)]:
         wanted = rotated(normed(x.double().reshape(5, -1, d), norm), POSITIONS.numpy(), rope)
         torch.testing.assert_close(got.double(), wanted, rtol=0, atol=5e-6)
@@ -151,7 +152,9 @@ def test_head_norms_come_before_rope(generator: torch.Generator, kind: Any, inte
 def test_rows_without_a_slot_are_not_written(generator: torch.Generator) -> None:
     q = torch.randn(5, 64, generator=generator)
     cache = empty_cache("f16", 1, 64)
-    fused.rope_write(q, q, q, POSITIONS, AttentionParams(1, 1, 64, 1.0), cache, SLOTS * 0 - 1, torch.empty_like(q))
+    call(
+        fused.rope_write, q, q, q, POSITIONS, AttentionParams(1, 1, 64, 1.0), cache, SLOTS * 0 - 1, torch.empty_like(q)
+    )
     assert not cache.k.any()
     assert not cache.v.any()
 
@@ -160,6 +163,6 @@ def test_company_changes_no_bit(generator: torch.Generator) -> None:
     x = torch.randn(4, 896, generator=generator)
     norm = random_norm(generator, 896, "rms")
     together, alone = torch.empty_like(x), torch.empty(1, 896)
-    fused.norm(x, norm, together)
-    fused.norm(x[2:3], norm, alone)
+    call(fused.norm, x, norm, together)
+    call(fused.norm, x[2:3], norm, alone)
     assert np.array_equal(together[2:3], alone)
