@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from chandra.memory.ledger import Kind, Ledger
 from chandra.models import Backends, Decoder, ModelSpec, TensorSpec, load_decoder, spec_from_config, tensor_table
 from chandra.models.tensors import NAMES
 from chandra.ops.contracts import Array, Fetch, HostBytes
+from chandra.planner import ASSUMED_HOST, Constraints, plan, plannable
+from chandra.runtime import _load_weights
 
 DENSE: dict[str, Any] = {
     "model_type": "llama",
@@ -178,6 +180,30 @@ def test_a_step_may_be_cut_short(placement: str, away: bool, monkeypatch: pytest
             with pytest.raises(RuntimeError, match="no cache"):
                 run.logits()
         assert np.array_equal(run.logits(), expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "cap", "disk"), [("experts", 300_000, 0), ("experts", 150_000, 1), ("stream", 330_000, 0)]
+)
+def test_a_plan_for_experts_is_executed_to_the_byte(mode: Any, cap: int, disk: int) -> None:
+    spec, source = model(MOE, 4)
+    gpu, host = Device("virtual:0", "virtual", cap), Device("cpu", "cpu", 680_000 if disk else 1 << 24)
+    machine = replace(ASSUMED_HOST, profiles={"cpu": replace(ASSUMED_HOST.host, runtime=0)})
+    wanted = Constraints(context=64, chunk=8, kv_type="f16", disk=disk << 24, modes=(mode,), swap=0)
+    made = plan(plannable("moe", spec, source), [gpu, host], machine, wanted)
+    assert {part.placement for part in (made.experts or made.layers)} >= {
+        "stream" if mode == "stream" else "disk" if disk else "host"
+    }
+    ledger, backends = Ledger(made.devices), {"cpu": CpuBackend(host), "virtual:0": VirtualBackend(gpu)}
+    decoder = _load_weights(source, spec, made, backends, ledger, None)
+    for index, part in enumerate(made.layers):
+        apart = any(other.name == f"{part.name}.experts" for other in made.experts)
+        assert decoder.backends.layers[index] is backends[part.device]
+        assert (index in decoder.backends.experts) == apart
+    reserved = {(row.device, row.kind): row.reserved for row in ledger.rows()}
+    for row in made.predictions:
+        if row.kind in (Kind.WEIGHTS, Kind.STAGING, Kind.PAGE_CACHE):
+            assert reserved[row.device, row.kind] == row.nbytes, row
 
 
 def test_closing_waits_for_the_threads() -> None:
