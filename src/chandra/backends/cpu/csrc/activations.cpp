@@ -1,16 +1,22 @@
 #include "activations.h"
 
+#include <atomic>
 #include <cstring>
 
 namespace chandra {
 namespace {
 
 constexpr int kLevels = 2;  // inputs in use at once by one op
+std::atomic<int64_t> held{0};
+
 thread_local Buffer quantized_scratch[kLevels], float_scratch[kLevels];
 thread_local std::vector<Tile> tile_scratch[kLevels];
 thread_local Buffer row_scratch;
 
 }  // namespace
+
+void count_scratch(int64_t bytes) { held.fetch_add(bytes, std::memory_order_relaxed); }
+int64_t scratch_held() { return held.load(std::memory_order_relaxed); }
 
 Activations::Activations(const float* x, const int32_t* rows, int64_t n, int64_t columns, const Norm* norm,
                          bool quantized, bool floats, int level)

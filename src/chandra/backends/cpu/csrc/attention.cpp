@@ -7,6 +7,7 @@
 
 #include "isa.h"
 #include "pool.h"
+#include "scratch.h"
 
 namespace chandra {
 namespace {
@@ -122,6 +123,7 @@ void plan(const AttentionCall& call, int lanes, int threads, Work& work) {
   for (Few& few : work.few) add_few(call, few, work);
   std::stable_sort(work.tasks.begin(), work.tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
   if (work.partials_size > work.partials_capacity) {
+    count_scratch(4 * (work.partials_size - work.partials_capacity));
     work.partials.reset(new float[static_cast<size_t>(work.partials_size)]);
     work.partials_capacity = work.partials_size;
   }

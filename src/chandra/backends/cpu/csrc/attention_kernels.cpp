@@ -1,5 +1,6 @@
 // The attention kernels of one instruction set; compiled once for each (CHANDRA_ISA).
 #include "attention_rows.h"
+#include "scratch.h"
 
 #include <cstdlib>
 #include <stdexcept>
@@ -16,18 +17,27 @@ inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 // A buffer of this thread that only grows.
 class Scratch {
  public:
-  ~Scratch() { std::free(data_); }
+  ~Scratch() { release(); }
   float* floats(int64_t n) {
     if (n > size_) {
-      std::free(data_);
-      size_ = (n + 15) / 16 * 16;
-      data_ = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(size_) * sizeof(float)));
-      if (!data_) size_ = 0, throw std::runtime_error("out of memory for attention scratch");
+      release();
+      const int64_t wanted = (n + 15) / 16 * 16;
+      data_ = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(wanted) * sizeof(float)));
+      if (!data_) throw std::runtime_error("out of memory for attention scratch");
+      size_ = wanted;
+      count_scratch(4 * size_);
     }
     return data_;
   }
 
  private:
+  void release() {
+    std::free(data_);
+    count_scratch(-4 * size_);
+    data_ = nullptr;
+    size_ = 0;
+  }
+
   float* data_ = nullptr;
   int64_t size_ = 0;
 };

@@ -4,6 +4,7 @@
 #include "array.h"
 #include "isa.h"
 #include "pool.h"
+#include "scratch.h"
 
 namespace nb = nanobind;
 
@@ -23,6 +24,7 @@ NB_MODULE(_cpu, m) {
   m.def("isa", [] { return chandra::isa_name(chandra::current_isa()); }, "The instruction set in use.");
   m.def("best_isa", [] { return chandra::isa_name(chandra::best_isa()); }, "The best instruction set of this CPU.");
   m.def("threads", [] { return chandra::Pool::shared().size(); }, "Threads of the pool, the caller included.");
+  m.def("scratch_held", &chandra::scratch_held, "Bytes of scratch memory that all threads keep.");
   chandra::register_attention(m);
   chandra::register_linear(m);
 }

@@ -7,6 +7,10 @@
 
 namespace chandra {
 
+// All threads' scratch, counted: what the plan predicted is checked against it.
+void count_scratch(int64_t bytes);
+int64_t scratch_held();
+
 // A growing buffer, aligned to cache lines. Its contents are lost when it grows.
 class Buffer {
  public:
@@ -22,6 +26,7 @@ class Buffer {
       release();
       data_ = ::operator new(wanted, std::align_val_t{64});
       size_ = wanted;
+      count_scratch(static_cast<int64_t>(size_));
     }
     return static_cast<T*>(data_);
   }
@@ -29,6 +34,7 @@ class Buffer {
  private:
   void release() {
     ::operator delete(data_, std::align_val_t{64});
+    count_scratch(-static_cast<int64_t>(size_));
     data_ = nullptr;
     size_ = 0;
   }
