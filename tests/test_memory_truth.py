@@ -15,17 +15,34 @@ from typing import Any
 
 import pytest
 
+from chandra import LLM, SamplingParams
+from chandra.errors import BudgetExceeded
+from chandra.planner import kernels
+
 pytestmark = pytest.mark.model
 
 MEASURE = """
 import json, re, sys
 import numpy as np
 from chandra import LLM, SamplingParams
+from chandra.backends.cpu import _cpu
 from chandra.checkpoint import open_checkpoint
 from chandra.memory.host import peak_resident
 from chandra.planner import plannable
+from chandra.planner.kernels import BuiltKernels
+from chandra.runtime import _limits
 
 path, options = sys.argv[1], json.loads(sys.argv[2])
+
+def loading(sizes, on_host):  # bytes at the highest while loading, those of virtual devices with the rest
+    steps, held, peak = [], 0, 0
+    for tensor in sizes.tensors:
+        here = tensor.mapped and tensor.part in on_host
+        steps.append((0 if here else tensor.nbytes, 0 if here else tensor.host))
+    for passing, kept in sorted(steps, key=lambda step: -step[0]):
+        held += kept
+        peak = max(peak, held + passing)
+    return peak
 
 def in_memory(file):  # bytes of its pages
     mapped, nbytes = "", 0
@@ -54,7 +71,8 @@ with LLM(path, **options) as llm:
         "highest": {d.name: runtime.ledger.highest(d.name) for d in llm.plan.devices},
         "arenas": {name: b.arena.peak for name, b in backends.items() if hasattr(b, "arena")},
         "rows": [(r.device, r.kind, r.predicted, r.peak) for r in llm.memory()],
-        "loading": sizes.loading({tensor.part for tensor in sizes.tensors}),
+        "loading": loading(sizes, {part.name for part in llm.plan.parts() if part.placement == "host"}),
+        "scratch": (BuiltKernels().scratch_bytes(runtime.spec, _limits(llm.plan)), _cpu.scratch_held()),
         "touched": in_memory(runtime.stored.path) - before,
         "peak": peak,
     }))
@@ -103,6 +121,8 @@ def test_memory_is_as_planned(name: str, options: dict[str, Any], model_file: Ca
         assert 0.97 * predicted <= found["highest"][device] <= predicted, device
     for device, peak in found["arenas"].items():
         assert 0.97 * found["plan"][device] <= peak <= found["plan"][device], device
+    promised, held = found["scratch"]
+    assert 0.25 * promised <= held <= promised  # a model whose weights are not packed would take all of it
     planned = resident(rows, found)
     print(f"{name} {options}: resident {found['peak'] / 2**20:.0f} of {planned / 2**20:.0f} MiB")
     assert 0.95 * planned <= found["peak"] <= planned
@@ -111,14 +131,22 @@ def test_memory_is_as_planned(name: str, options: dict[str, Any], model_file: Ca
 def resident(rows: dict[tuple[str, str], tuple[int, int]], found: dict[str, Any]) -> int:
     """Bytes of the process at the highest, by the plan: the host's rows, and those of virtual devices, which are there.
 
-    Swap space is untouched unless sequences are swapped; of the rows in the file only those are there that were used,
-    and none while loading.
+    Swap space is untouched unless sequences are swapped; of the rows in the file only those are there that were used.
     """
-    in_file, _ = rows.get(("cpu", "page cache"), (0, 0))
     kept = sum(
         predicted
         for (_, kind), (predicted, _) in rows.items()
         if kind not in ("all", "resident", "loading", "swap", "page cache")
     )
-    used = found["touched"] if in_file else 0
-    return max(kept + used, rows["cpu", "runtime"][0] + found["loading"] - in_file)
+    used = found["touched"] if ("cpu", "page cache") in rows else 0
+    return max(kept + used, rows["cpu", "runtime"][0] + found["loading"])
+
+
+def test_more_scratch_than_was_planned_is_an_error(
+    model_file: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LLM(model_file("smollm2:135m"), ctx=128) as llm:
+        llm.generate("Hello", SamplingParams(max_tokens=2))
+        monkeypatch.setattr(kernels, "_promised", 1000)
+        with pytest.raises(BudgetExceeded, match=r"of workspace, 1000 B were planned"):
+            llm.runtime.tell(now=True)

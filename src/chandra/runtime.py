@@ -25,7 +25,7 @@ from chandra.memory.running import MemoryRow, Running, StateFile, began
 from chandra.models import Backends, Decoder, ModelSpec, load_decoder, read_spec
 from chandra.ops.contracts import Backend
 from chandra.planner import PlanRequest, discover, plan, plannable, tensor_formats
-from chandra.planner.kernels import BuiltKernels, Limits, host_workspace
+from chandra.planner.kernels import BuiltKernels, Limits, check_scratch, host_workspace, promise_scratch, repacking
 from chandra.planner.request import HOST_MARGIN
 from chandra.store import Progress, Store, StoredModel
 from chandra.text import Tokenizer, load_tokenizer
@@ -90,8 +90,10 @@ class Runtime:
         return tuple(out)
 
     def tell(self, now: bool = False) -> None:
-        """Let `chandra ps` know how it stands, at most once a second unless it is to be `now`."""
-        self.state.tell(self._describe, now)
+        """Let `chandra ps` know how it stands, at most once a second unless it is to be `now`. Raises BudgetExceeded if
+        the CPU's kernels have taken more than any plan of this process said."""
+        if self.state.tell(self._describe, now):
+            check_scratch()
 
     def _describe(self) -> Running:
         counters, workload = self.engine.counters(), self.plan.workload
@@ -153,6 +155,7 @@ def load(
         decoder = _load_weights(checkpoint, spec, made, backends, ledger, progress)
         resources.callback(decoder.close)
         ledger.reserve("cpu", Kind.WORKSPACE, _host_workspace(spec, made))
+        ledger.reserve("cpu", Kind.STAGING, repacking(made.parts()))
         pool = _make_pool(spec, made, backends, ledger)
         resources.callback(pool.close)
         swap = _make_swap(pool, made, backends, ledger, resources)
@@ -174,6 +177,7 @@ def load(
             resources=resources.pop_all(),
             state=state,
         )
+        promise_scratch(spec, _limits(made))
         runtime.tell(now=True)
         return runtime
 

@@ -55,17 +55,18 @@ class StateFile:
         self._path = home / FOLDER / f"{os.getpid()}.{next(_numbers)}.json"
         self._next = 0.0
 
-    def tell(self, describe: Callable[[], Running], now: bool = False) -> None:
-        """Write what is asked of `describe`, at most once a second unless it is to be `now`."""
+    def tell(self, describe: Callable[[], Running], now: bool = False) -> bool:
+        """Write what is asked of `describe`, at most once a second unless it is to be `now`; whether it was asked."""
         moment = time.monotonic()
         if moment < self._next and not now:
-            return
+            return False
         self._next = moment + _EVERY
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             written = self._path.with_suffix(".new")
             written.write_text(json.dumps(asdict(describe())), encoding="utf-8")
             written.replace(self._path)
+        return True
 
     def remove(self) -> None:
         with suppress(OSError):

@@ -56,7 +56,7 @@ def load_decoder(
     wanted = stored_formats(sources, checkpoint) | dict(formats or {})
     forms = {source: get_format(wanted[source.tensor.name]) for source in sources}
     loading = Loader(checkpoint, spec, backends, ledger, context_length, forms)
-    passing = {source: passing_bytes(source, form, checkpoint) for source, form in forms.items()}
+    passing = {source: loading.passing_bytes(source) for source in sources}
     total, done = sum(form.nbytes(source.tensor.shape) for source, form in forms.items()), 0
     try:
         for source in sorted(sources, key=lambda s: -passing[s]):  # the most comes first, while there is room
@@ -72,12 +72,6 @@ def load_decoder(
     except BaseException:
         loading.release()
         raise
-
-
-def passing_bytes(source: Source, form: Format, checkpoint: Checkpoint) -> int:
-    """Host bytes that a tensor takes while it is loaded, besides those it will have in its place."""
-    stored = get_format(checkpoint.tensors[source.names[0]].format)
-    return loading_bytes(stored, form, source.tensor.shape, source.joined)
 
 
 def stored_formats(sources: Iterable[Source], checkpoint: Checkpoint) -> dict[str, str]:
@@ -144,6 +138,16 @@ class Loader:
         for reservation in self.reservations.values():
             reservation.release()
 
+    def passing_bytes(self, source: Source) -> int:
+        """Host bytes that a tensor takes while it is loaded, besides those it will have in its place. What stays in the
+        file takes none: the CPU leaves it there until it is used."""
+        placement, backend = self._placement(source), self._backend(source)
+        on_cpu = backend.device.kind == "cpu" and placement != "stream" and self._as_stored(source)
+        if source.tensor.packable and (placement == "disk" or (on_cpu and not self._copied(source))):
+            return 0
+        stored = get_format(self.checkpoint.tensors[source.names[0]].format)
+        return loading_bytes(stored, self.forms[source], source.tensor.shape, source.joined)
+
     def load(self, source: Source) -> None:
         tensor, placement = source.tensor, self._placement(source)
         if self.stays(source):
@@ -162,7 +166,7 @@ class Loader:
     def _load(self, source: Source) -> None:
         name, form = source.tensor.name, self.forms[source]
         nbytes, targets = form.nbytes(source.tensor.shape), {name: self._backend(source)}
-        if name == EMBEDDING and self.spec.tied_embeddings and self.backends.head is not self.backends.embedding:
+        if self._copied(source):
             targets[HEAD] = self.backends.head
         separate_head = not self.spec.tied_embeddings or HEAD in targets
         weight = self._read(source)
@@ -186,6 +190,11 @@ class Loader:
             self._reserve(HOST, Kind.WEIGHTS, image.nbytes)
             host = self._hosts[source.tensor.layer] = image.backend.host_buffer(image.nbytes)
         image.backend.pack_weight(self._read(source), host[image.places[source.tensor.name][2]])
+
+    def _copied(self, source: Source) -> bool:
+        """Whether it is the embedding and, on another device, the head as well."""
+        tied = source.tensor.name == EMBEDDING and self.spec.tied_embeddings
+        return tied and self.backends.head is not self.backends.embedding
 
     def _backend(self, source: Source) -> Backend:
         layer, part = source.tensor.layer, part_of(source.tensor, self.spec)

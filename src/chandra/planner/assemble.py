@@ -15,6 +15,7 @@ from chandra.memory.plan import Part, Placement, Plan, Prediction, Speed
 from chandra.models.pipeline import MOST
 from chandra.planner.candidate import BLOCK_SIZE, HOP, HOST, Candidate
 from chandra.planner.cost import crossover_tokens
+from chandra.planner.kernels import repacking
 from chandra.planner.planner import Found
 
 GPUS = ("cuda", "assumed")
@@ -118,18 +119,21 @@ def _parts(found: Found) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     return tuple(layers), tuple(experts)
 
 
+def _places(parts: Sequence[Part]) -> dict[str, str]:
+    return {part.name: part.placement for part in parts}
+
+
 def _loading(candidate: Candidate, parts: Sequence[Part], predictions: Sequence[Prediction]) -> int:
     """Bytes of the host at the highest while loading: the process, staging buffers, weights so far, a tensor."""
-    on_host = {part.name for part in parts if part.placement in ("host", "stream")}
     before = sum(p.nbytes for p in predictions if p.device == HOST and p.kind in (Kind.RUNTIME, Kind.STAGING))
-    return before + candidate.sizes.loading(on_host, candidate.left)
+    return before - repacking(parts) + candidate.sizes.loading(_places(parts))[1]
 
 
 def _predictions(found: Found, parts: Sequence[Part], layers: Sequence[Part], groups: int) -> tuple[Prediction, ...]:
     candidate = found.candidate
     need: dict[tuple[str, Kind], int] = defaultdict(int)
-    need[HOST, Kind.LOADING] = candidate.sizes.passing(candidate.left)
-    need[HOST, Kind.STAGING] = candidate.outer_staging()
+    need[HOST, Kind.LOADING] = candidate.sizes.loading(_places(parts))[0]
+    need[HOST, Kind.STAGING] = repacking(parts) + candidate.outer_staging()
     for part in parts:
         mapped = part.name == "embedding" and part.placement == "host" and candidate.sizes.mapped
         kept = candidate.small(part) if part.placement in ("stream", "disk") else part.nbytes

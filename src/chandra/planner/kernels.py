@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple, Protocol
 
@@ -9,10 +10,20 @@ from chandra.backends.cuda import sizes as cuda
 from chandra.backends.cuda.layouts import weight_nbytes
 from chandra.backends.cuda.sizes import Scratch
 from chandra.config import SAMPLING
+from chandra.errors import BudgetExceeded
 from chandra.kvcache.view import index_bytes
+from chandra.memory.device import format_size
+from chandra.memory.plan import Part
 from chandra.models.decoder import FLOAT
 from chandra.models.spec import ModelSpec
 from chandra.quant import get_format
+
+PIECE = 8 << 20  # bytes of the file that the CPU repacks before it drops their pages
+
+
+def repacking(parts: Sequence[Part]) -> int:
+    """Bytes of the host that weights take when they are repacked out of the file, while they are first used."""
+    return PIECE if any(part.placement == "host" and part.name != "embedding" for part in parts) else 0
 
 
 class Limits(NamedTuple):
@@ -22,6 +33,29 @@ class Limits(NamedTuple):
     sequences: int
     context: int
     logit_rows: int
+
+
+_promised = 0  # bytes of scratch memory that the CPU's kernels may keep, by the plans of this process
+
+
+def promise_scratch(spec: ModelSpec, limits: Limits) -> None:
+    """Note what a plan says of the memory that the CPU's kernels keep, beyond what they have by now."""
+    global _promised
+    from chandra.backends.cpu import _cpu
+
+    _promised = max(_promised, _cpu.scratch_held() + BuiltKernels().scratch_bytes(spec, limits))
+
+
+def check_scratch() -> None:
+    """Raise BudgetExceeded if the CPU's kernels keep more than was promised."""
+    from chandra.backends.cpu import _cpu
+
+    held = _cpu.scratch_held()
+    if held > _promised:
+        raise BudgetExceeded(
+            f"cpu: the kernels keep {format_size(held)} of workspace, {format_size(_promised)} were planned",
+            hint="this is a fault in Chandra: please report it with the model and its plan",
+        )
 
 
 class Kernels(Protocol):

@@ -14,6 +14,7 @@ from chandra.memory.device import Device
 from chandra.memory.plan import Objective, Workload
 from chandra.planner.candidate import HOP, HOST, Candidate
 from chandra.planner.cost import Machine
+from chandra.planner.kernels import PIECE
 from chandra.planner.placement import Floats, Mode, Offload, Split, Splitter, least_cost, stage_bounds
 from chandra.planner.sizes import ModelSizes, PlannableModel
 
@@ -285,7 +286,7 @@ def _sites(
             computes = device.name != HOST or spill > 0 or hosted
             taken = candidate.taken(device.name, device is head, computes) + c.reserve
             room[device.name] = float(device.cap - taken)
-        room[HOST] -= steps + _loading(candidate, devices, spill >= 2, steps) + (c.swap or 0)
+        room[HOST] -= steps + PIECE + _loading(candidate, devices, spill >= 2, steps) + (c.swap or 0)
         if min(room[HOST], room[head.name]) >= 0:
             yield _Site(candidate, devices, head, spill, room, allowed, hosted)
 

@@ -91,11 +91,12 @@ class PerLayer(NamedTuple):
 
 class Passing(NamedTuple):
     """A tensor on its way into memory: the part it belongs to, the bytes it will have on the host if that is its place,
-    and those it takes there on its way."""
+    and those it takes there on its way. `mapped`: none if the host is its place; it is repacked from the file later."""
 
     part: str
     host: int
     nbytes: int
+    mapped: bool
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ class ModelSizes:
     """A model under one choice of formats.
 
     `packed`: bytes on disk; `gpu`, `host`: bytes in the layout of a GPU's and of the CPU's kernels. `stored`: bytes to
-    read from disk to load it; `tensors`: in the order in which they are loaded. `dense_macs[i]`, `expert_macs[i]`:
-    multiply-adds of one token in layer i; `active[i]`: the share of its experts that one token reads.
+    read from disk to load it. `dense_macs[i]`, `expert_macs[i]`: multiply-adds of one token in layer i; `active[i]`:
+    the share of its experts that one token reads.
     """
 
     label: str
@@ -129,23 +130,28 @@ class ModelSizes:
         return self.label in LOW_QUALITY
 
     def passing(self, left: Collection[str] = ()) -> int:
-        """The most bytes that a tensor takes on its way. What belongs to the parts that are `left` in the file is not
-        loaded."""
-        return next(tensor.nbytes for tensor in self.tensors if tensor.part not in left)
+        """The most bytes that a tensor takes on its way, wherever it goes. What belongs to the parts that are `left` in
+        the file is not loaded."""
+        return max(tensor.nbytes for tensor in self.tensors if tensor.part not in left)
 
-    def loading(self, on_host: Collection[str], left: Collection[str] = ()) -> int:
-        """Bytes of the host at the highest while loading, if these parts lie there."""
-        held = peak = 0
+    def loading(self, places: Mapping[str, str]) -> tuple[int, int]:
+        """With these placements of parts: the most bytes of the host that a tensor takes on its way; and those of all
+        weights there and that tensor, at the highest while loading."""
+        steps = []
         for tensor in self.tensors:
-            part = tensor.part if tensor.part in on_host else tensor.part.removesuffix(".experts")
-            held += tensor.host if part in on_host else 0
-            peak = max(peak, held + tensor.nbytes * (tensor.part not in left))
-        return peak
+            placement = places.get(tensor.part) or places.get(tensor.part.removesuffix(".experts"))
+            in_file = tensor.mapped and placement in ("host", "disk")
+            steps.append((0 if in_file else tensor.nbytes, tensor.host if placement in ("host", "stream") else 0))
+        held = peak = 0
+        for passing, kept in sorted(steps, key=lambda step: -step[0]):  # as the loader does it
+            held += kept
+            peak = max(peak, held + passing)
+        return max(passing for passing, _ in steps), peak
 
     @cached_property
     def loading_whole(self) -> int:
         """Bytes of a host that holds all, at the highest while loading, over those it has then."""
-        return self.loading({tensor.part for tensor in self.tensors}) - self.host.total
+        return self.loading({tensor.part: "host" for tensor in self.tensors})[1] - self.host.total
 
     @cached_property
     def per_layer(self) -> PerLayer:
@@ -261,7 +267,8 @@ def _sizes(
         gpu.add(tensor, kernels.gpu_weight_bytes(name, tensor.shape) if in_kernel else nbytes)
         format_read, joined = read.get(tensor.name, (name, False))
         passing = loading_bytes(get_format(format_read), get_format(name), tensor.shape, joined)
-        tensors.append(Passing(part_of(tensor, spec), on_host, passing))
+        mapped = tensor.packable and format_read == name and not joined
+        tensors.append(Passing(part_of(tensor, spec), on_host, passing, mapped))
         values += math.prod(tensor.shape)
         if tensor.packable:
             on_disk &= format_read == name and not joined and kernels.in_place(name, tensor.shape)
@@ -279,7 +286,7 @@ def _sizes(
         gpu=gpu.pieces(),
         host=host.pieces(),
         stored=stored or packed.pieces().total,
-        tensors=tuple(sorted(tensors, key=lambda tensor: -tensor.nbytes)),
+        tensors=tuple(tensors),
         dense_macs=tuple(dense_macs),
         expert_macs=tuple(expert_macs),
         active=tuple(mlp.experts_per_token / mlp.num_experts if mlp.num_experts else 1.0 for mlp in mlps),

@@ -41,6 +41,8 @@ class CpuBackend(Backend):
     avx2 or avx512; None leaves the best one. Raises UsageError for an instruction set this CPU lacks.
     """
 
+    _repacks_later = True
+
     def __init__(self, device: Device, threads: int | None = None, isa: str | None = None) -> None:
         self.device = device
         if threads is not None:
@@ -77,7 +79,7 @@ class CpuBackend(Backend):
         """Repacked into panels, unless only rows are looked up: then it stays where it is. What lies in a
         mapped file is repacked before its second product: the first token need not wait for that."""
         kernel = registry.find("linear", weight.format.name, "cpu", weight.shape)
-        handle = make_weight(weight, kernel, repack=not lookup)
+        handle = make_weight(weight, kernel, repack=not lookup, later=self._repacks_later)
         return Weight(weight.format, weight.shape, handle.nbytes, handle)
 
     def weight_nbytes(self, format: Format, shape: tuple[int, ...]) -> int:

@@ -29,11 +29,12 @@ def pack_panels(weight: PackedWeight, out: np.ndarray[Any, np.dtype[np.uint8]]) 
     _cpu.pack_weight(form, weight.shape, parts, out)
 
 
-def make_weight(weight: PackedWeight, kernel: Kernel, repack: bool) -> _cpu.Weight:
-    """The weight as its kernel wants it: in memory of its own, or (not `repack`) where it is if that can be."""
+def make_weight(weight: PackedWeight, kernel: Kernel, repack: bool, later: bool = True) -> _cpu.Weight:
+    """The weight as its kernel wants it: in memory of its own, or (not `repack`) where it is if that can be. `later`:
+    what lies in a mapped file may stay there until its second product."""
     if kernel.name == UNPACKED:
         return _cpu.Weight("F32", weight.shape, {"data": weight.unpack().numpy().view(np.uint8)}, True)
-    later = all(map(_is_mapped, weight.parts.values()))
+    later = later and all(map(_is_mapped, weight.parts.values()))
     return _cpu.Weight(weight.format.name, weight.shape, dict(weight.parts), repack, later)
 
 

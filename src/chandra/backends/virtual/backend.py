@@ -82,6 +82,8 @@ class VirtualBackend(CpuBackend):
     `device.bandwidth`, an op takes at least as long as reading its weights and cache would.
     """
 
+    _repacks_later = False  # the file is not on the device
+
     def __init__(self, device: Device, threads: int | None = None, isa: str | None = None) -> None:
         super().__init__(device, threads, isa)
         self.arena = Arena(device)
