@@ -122,7 +122,7 @@ def test_memory_is_as_planned(name: str, options: dict[str, Any], model_file: Ca
     for device, peak in found["arenas"].items():
         assert 0.97 * found["plan"][device] <= peak <= found["plan"][device], device
     promised, held = found["scratch"]
-    assert 0.25 * promised <= held <= promised  # a model whose weights are not packed would take all of it
+    assert 0.1 * promised <= held <= promised  # packed weights need a quarter of what others would
     planned = resident(rows, found)
     print(f"{name} {options}: resident {found['peak'] / 2**20:.0f} of {planned / 2**20:.0f} MiB")
     assert 0.95 * planned <= found["peak"] <= planned
