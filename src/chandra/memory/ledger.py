@@ -38,12 +38,18 @@ class Row:
 
 @dataclass(eq=False)
 class Reservation:
-    """Bytes that may be allocated. Give them back with `release`; doing so twice is harmless."""
+    """Bytes that may be allocated. Give them back with `release`, twice is harmless, or at the end of a `with`."""
 
     ledger: Ledger
     device: str
     kind: Kind
     nbytes: int
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         self.ledger._change(self.device, self.kind, -self.nbytes)

@@ -56,17 +56,13 @@ def load_decoder(
     wanted = stored_formats(sources, checkpoint) | dict(formats or {})
     forms = {source: get_format(wanted[source.tensor.name]) for source in sources}
     loading = Loader(checkpoint, spec, backends, ledger, context_length, forms)
-    passing = {source: loading.passing_bytes(source) for source in sources}
     total, done = sum(form.nbytes(source.tensor.shape) for source, form in forms.items()), 0
     try:
-        for source in sorted(sources, key=lambda s: -passing[s]):  # the most comes first, while there is room
-            on_its_way = ledger.reserve(HOST, Kind.LOADING, 0 if loading.stays(source) else passing[source])
-            try:
+        for source in sorted(sources, key=loading.passing_bytes, reverse=True):  # the most first, while there is room
+            with ledger.reserve(HOST, Kind.LOADING, loading.passing_bytes(source)):
                 loading.load(source)
-            finally:
-                on_its_way.release()
             done += forms[source].nbytes(source.tensor.shape)
-            if progress is not None:
+            if progress:
                 progress(done, total)
         return loading.decoder(max_rows, max_logit_rows, micro_rows)
     except BaseException:
@@ -141,12 +137,11 @@ class Loader:
     def passing_bytes(self, source: Source) -> int:
         """Host bytes that a tensor takes while it is loaded, besides those it will have in its place. What stays in the
         file takes none: the CPU leaves it there until it is used."""
-        placement, backend = self._placement(source), self._backend(source)
-        on_cpu = backend.device.kind == "cpu" and placement != "stream" and self._as_stored(source)
-        if source.tensor.packable and (placement == "disk" or (on_cpu and not self._copied(source))):
-            return 0
+        on_cpu = self._backend(source).device.kind == "cpu" and self._placement(source) != "stream"
+        in_file = source.tensor.packable and on_cpu and self._as_stored(source) and not self._copied(source)
         stored = get_format(self.checkpoint.tensors[source.names[0]].format)
-        return loading_bytes(stored, self.forms[source], source.tensor.shape, source.joined)
+        nbytes = loading_bytes(stored, self.forms[source], source.tensor.shape, source.joined)
+        return 0 if in_file or self.stays(source) else nbytes
 
     def load(self, source: Source) -> None:
         tensor, placement = source.tensor, self._placement(source)
@@ -193,8 +188,8 @@ class Loader:
 
     def _copied(self, source: Source) -> bool:
         """Whether it is the embedding and, on another device, the head as well."""
-        tied = source.tensor.name == EMBEDDING and self.spec.tied_embeddings
-        return tied and self.backends.head is not self.backends.embedding
+        apart = self.backends.head is not self.backends.embedding
+        return source.tensor.name == EMBEDDING and self.spec.tied_embeddings and apart
 
     def _backend(self, source: Source) -> Backend:
         layer, part = source.tensor.layer, part_of(source.tensor, self.spec)
