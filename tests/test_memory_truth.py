@@ -125,7 +125,8 @@ def test_memory_is_as_planned(name: str, options: dict[str, Any], model_file: Ca
     assert 0.1 * promised <= held <= promised  # packed weights need a quarter of what others would
     planned = resident(rows, found)
     print(f"{name} {options}: resident {found['peak'] / 2**20:.0f} of {planned / 2**20:.0f} MiB")
-    assert 0.95 * planned <= found["peak"] <= planned
+    piece, _ = rows.get(("cpu", "staging"), (0, 0))  # of the file, seldom there when all else is
+    assert 0.95 * (planned - piece) <= found["peak"] <= planned
 
 
 def resident(rows: dict[tuple[str, str], tuple[int, int]], found: dict[str, Any]) -> int:
