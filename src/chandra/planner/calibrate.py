@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 # Bytes of a process that runs a model, measured: with nothing but modules, for each entry of the vocabulary, and what
 # it grows by when it computes (stacks of threads, code of kernels, what malloc keeps).
-BASELINE, TOKEN, GROWTH = 46 << 20, 110, 4 << 20
+BASELINE, TOKEN, GROWTH = 46 << 20, 110, 8 << 20
 BASELINE_STEP = 2 << 20  # bytes: the process is never measured to the page, so that plans repeat
 QUICK = ("Q4_K", "Q5_0", "Q6_K", "Q8_0", "F16")
 THOROUGH = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32", "int8", "nf4")
