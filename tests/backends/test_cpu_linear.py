@@ -270,4 +270,12 @@ def test_a_weight_in_a_file_is_repacked_before_its_second_product(fmt: Format, t
     assert np.array_equal(mapped, parts["data"])  # read again
     copied = CpuBackend(device).load_weight(PackedWeight(fmt, shape, {"data": mapped.copy()}))
     assert not copied.handle.in_place
-    assert CpuBackend(device).load_weight(PackedWeight(fmt, shape, {"data": mapped}), lookup=True).handle.in_place
+    table = CpuBackend(device).load_weight(PackedWeight(fmt, shape, {"data": mapped}), lookup=True)
+    ids = np.arange(300, dtype=np.int32)
+    rows = [np.empty((300, shape[1]), np.float32) for _ in range(3)]
+    for out in rows[:2]:  # the pages are dropped in between
+        _cpu.embed(ids, table.handle, 1.0, out)
+    _cpu.embed(ids, weight.handle, 1.0, rows[2])
+    assert table.handle.in_place
+    assert np.array_equal(rows[0], rows[2])
+    assert np.array_equal(rows[1], rows[2])

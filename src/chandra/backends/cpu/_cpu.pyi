@@ -59,7 +59,7 @@ class Weight:
         shape: tuple[int, ...],
         parts: dict[str, NDArray[Any]],
         repack: bool = True,
-        later: bool = False,
+        mapped: bool = False,
     ) -> None: ...
     @overload
     def __init__(self, format: str, shape: tuple[int, ...], panels: NDArray[Any]) -> None: ...

@@ -34,8 +34,8 @@ def make_weight(weight: PackedWeight, kernel: Kernel, repack: bool, later: bool 
     what lies in a mapped file may stay there until its second product."""
     if kernel.name == UNPACKED:
         return _cpu.Weight("F32", weight.shape, {"data": weight.unpack().numpy().view(np.uint8)}, True)
-    later = later and all(map(_is_mapped, weight.parts.values()))
-    return _cpu.Weight(weight.format.name, weight.shape, dict(weight.parts), repack, later)
+    mapped = later and all(map(_is_mapped, weight.parts.values()))
+    return _cpu.Weight(weight.format.name, weight.shape, dict(weight.parts), repack, mapped)
 
 
 def _is_mapped(array: np.ndarray[Any, Any]) -> bool:

@@ -61,7 +61,11 @@ void embed(const int32_t* ids, int64_t n, const Weight& table, float scale, floa
   for (int64_t i = 0; i < n; ++i)
     if (ids[i] < 0 || ids[i] >= table.rows()) throw std::out_of_range("a token id is not in the embedding table");
   const int64_t columns = table.columns(), padded = (columns + kBlock - 1) / kBlock * kBlock;
-  constexpr int64_t kChunk = 8;
+  constexpr int64_t kChunk = 8, kPiece = 128;
+  if (n > kPiece) {  // few of the table's pages at a time
+    embed(ids, kPiece, table, scale, out);
+    return embed(ids + kPiece, n - kPiece, table, scale, out + kPiece * columns);
+  }
   Pool::shared().run((n + kChunk - 1) / kChunk, [&](int64_t task, int) {
     float* row = embed_scratch.reserve<float>(padded);
     for (int64_t i = task * kChunk; i < std::min(n, (task + 1) * kChunk); ++i) {
@@ -69,6 +73,7 @@ void embed(const int32_t* ids, int64_t n, const Weight& table, float scale, floa
       for (int64_t c = 0; c < columns; ++c) out[i * columns + c] = row[c] * scale;
     }
   });
+  table.looked_up(n);
 }
 
 void norm_linear(const float* x, int64_t n, const Norm* norm, std::span<const Linear> linears, float* const* outs) {

@@ -93,9 +93,9 @@ void bind_pack_weight(const std::string& format, const nb::tuple& shape, const n
 
 // The weight and the arrays it reads: the stored parts, or panels in memory of others.
 struct Handle {
-  Handle(const std::string& format, const nb::tuple& shape, const nb::dict& parts, bool repack, bool later)
+  Handle(const std::string& format, const nb::tuple& shape, const nb::dict& parts, bool repack, bool mapped)
       : Handle(read_source(format, read_shape(shape), parts), format, shape, parts,
-               !repack ? Repack::never : later ? Repack::later : Repack::now) {}
+               repack ? (mapped ? Repack::later : Repack::now) : mapped ? Repack::lookup : Repack::never) {}
 
   Handle(const Source& source, const std::string& format, const nb::tuple& shape, const nb::dict& parts, Repack when)
       : shape(shape), format(format) {
@@ -309,8 +309,9 @@ void bind_logits(nb::handle x, nb::handle rows, nb::handle norm, nb::handle head
 void register_linear(nb::module_& m) {
   nb::class_<Handle>(m, "Weight", "A weight the kernels can multiply with: repacked into panels, or read in place.")
       .def(nb::init<const std::string&, const nb::tuple&, const nb::dict&, bool, bool>(), nb::arg("format"),
-           nb::arg("shape"), nb::arg("parts"), nb::arg("repack") = true, nb::arg("later") = false,
-           "`parts` are numpy arrays as `Format.parts(shape)` describes them; they are kept only if `repack` is false. "
+           nb::arg("shape"), nb::arg("parts"), nb::arg("repack") = true, nb::arg("mapped") = false,
+           "`parts` are numpy arrays as `Format.parts(shape)` describes them; `mapped`: in a file mapped privately and never "
+           "written, to be repacked before the second product. They are kept unless they are repacked at once. "
            "Raises ValueError if they do not fit or the CPU has no kernel for the format.")
       .def(nb::init<const std::string&, const nb::tuple&, nb::handle>(), nb::arg("format"), nb::arg("shape"),
            nb::arg("panels"),

@@ -21,6 +21,7 @@
 namespace chandra {
 namespace {
 
+constexpr int64_t kLookups = 128;  // rows whose pages stay: up to 64 KiB each
 constexpr int64_t kPiece = 8 << 20;  // bytes of panels made before the pages they come from are dropped
 
 thread_local Buffer panel_scratch;
@@ -111,6 +112,7 @@ Weight::Weight(const Source& source, int64_t experts, int64_t rows, Repack when)
   panel_bytes_ = panel_bytes(layout(), columns());
   if (experts * rows == 0 || blocks_ == 0) when_ = Repack::never;
   if (when_ == Repack::later && !stored_block_bytes(layout())) when_ = Repack::now;
+  if (when_ == Repack::lookup && !stored_block_bytes(layout())) when_ = Repack::never;
   if (when_ != Repack::now) return;
   memory_ = allocate_panels(static_cast<size_t>(repacked_bytes(layout(), experts, rows, columns())));
   pack(source, experts, rows, memory_.get(), true);
@@ -126,14 +128,13 @@ void Weight::repack() const {
   } catch (const std::bad_alloc&) {
     return;
   }
-  const int64_t row_bytes = columns() / panel_size(layout()).columns * stored_block_bytes(layout());
   const int64_t all = experts_ * panels(), piece = std::max<int64_t>(1, kPiece / panel_bytes_);
   const uint8_t* dropped = source_.data;
   for (int64_t first = 0; first < all; first += piece) {
     const int64_t end = std::min(all, first + piece);
     pack_panels(source_, rows_, first, end, memory_.get(), true);
     const int64_t rows = end / panels() * rows_ + end % panels() * kPanelRows;
-    dropped = drop_pages(dropped, source_.data + rows * row_bytes);
+    dropped = drop_pages(dropped, source_.data + rows * row_bytes());
   }
   panels_.store(memory_.get(), std::memory_order_release);
 }
@@ -150,6 +151,16 @@ const uint8_t* Weight::panel(int64_t expert, int64_t index) const {
   if ((index + 1) * kPanelRows > rows_) std::memset(out, 0, static_cast<size_t>(panel_bytes_));
   pack_panel(source_, rows_, expert, index, out);
   return out;
+}
+
+int64_t Weight::row_bytes() const {
+  return columns() / panel_size(layout()).columns * stored_block_bytes(layout());
+}
+
+void Weight::looked_up(int64_t rows) const {
+  if (when_ != Repack::lookup || (looked_up_ += rows) < kLookups) return;
+  looked_up_ = 0;
+  drop_pages(source_.data, source_.data + source_.rows * row_bytes());
 }
 
 void Weight::unpack_row(int64_t row, float* out) const {

@@ -33,8 +33,9 @@ int stored_block_bytes(Layout layout);
 void pack_rows(const Source& source, int64_t first, int64_t count, int at, uint8_t* panel);
 
 // When the panels of a weight are made. `later`: before its second product, so that a model answers as soon as its file
-// is mapped; the source must be a file mapped privately and never written, whose pages are then dropped one by one.
-enum class Repack { never, now, later };
+// is mapped; then the file's pages leave the process. `lookup`: never, and pages are dropped now and then, since each row
+// brings its neighbours along. For both the source must be a file mapped privately and never written.
+enum class Repack { never, now, later, lookup };
 
 class Weight {
  public:
@@ -62,7 +63,7 @@ class Weight {
   int64_t panels() const { return (rows_ + kPanelRows - 1) / kPanelRows; }  // of an expert
   int64_t panel_bytes() const { return panel_bytes_; }
   bool in_place() const { return !panels_.load(std::memory_order_acquire); }
-  bool repacks() const { return when_ != Repack::never; }
+  bool repacks() const { return when_ == Repack::now || when_ == Repack::later; }
 
   // To be asked once before each product: whether `repack` is to be called now.
   bool due() const {
@@ -73,15 +74,20 @@ class Weight {
 
   // A panel, made in this thread's scratch memory if need be: good until the next call in this thread.
   const uint8_t* panel(int64_t expert, int64_t index) const;
+  // To be told after so many rows have been looked up.
+  void looked_up(int64_t rows) const;
   // One row as floats.
   void unpack_row(int64_t row, float* out) const;
 
  private:
+  int64_t row_bytes() const;  // stored
+
   Source source_;
   int64_t experts_, rows_, blocks_, panel_bytes_;
   Repack when_;
   mutable std::mutex repacking_;
   mutable std::atomic<int> products_{0};
+  mutable std::atomic<int64_t> looked_up_{0};
   mutable std::shared_ptr<uint8_t> memory_;
   mutable std::atomic<const uint8_t*> panels_{nullptr};  // set once, when they are whole
 };
