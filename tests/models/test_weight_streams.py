@@ -21,6 +21,7 @@ from chandra.models import Backends, Decoder, ModelSpec, TensorSpec, load_decode
 from chandra.models.tensors import NAMES
 from chandra.ops.contracts import Array, Fetch, HostBytes
 from chandra.planner import ASSUMED_HOST, Constraints, plan, plannable
+from chandra.planner.kernels import PIECE, repacking
 from chandra.runtime import _load_weights
 
 DENSE: dict[str, Any] = {
@@ -187,7 +188,7 @@ def test_a_step_may_be_cut_short(placement: str, away: bool, monkeypatch: pytest
 )
 def test_a_plan_for_experts_is_executed_to_the_byte(mode: Any, cap: int, disk: int) -> None:
     spec, source = model(MOE, 4)
-    gpu, host = Device("virtual:0", "virtual", cap), Device("cpu", "cpu", 680_000 if disk else 1 << 24)
+    gpu, host = Device("virtual:0", "virtual", cap), Device("cpu", "cpu", PIECE + 680_000 if disk else 1 << 24)
     machine = replace(ASSUMED_HOST, profiles={"cpu": replace(ASSUMED_HOST.host, runtime=0)})
     wanted = Constraints(context=64, chunk=8, kv_type="f16", disk=disk << 24, modes=(mode,), swap=0)
     made = plan(plannable("moe", spec, source), [gpu, host], machine, wanted)
@@ -200,6 +201,7 @@ def test_a_plan_for_experts_is_executed_to_the_byte(mode: Any, cap: int, disk: i
         apart = any(other.name == f"{part.name}.experts" for other in made.experts)
         assert decoder.backends.layers[index] is backends[part.device]
         assert (index in decoder.backends.experts) == apart
+    ledger.reserve("cpu", Kind.STAGING, repacking(made.parts()))  # the runtime's part
     reserved = {(row.device, row.kind): row.reserved for row in ledger.rows()}
     for row in made.predictions:
         if row.kind in (Kind.WEIGHTS, Kind.STAGING, Kind.PAGE_CACHE):
