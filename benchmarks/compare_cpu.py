@@ -4,7 +4,8 @@
     pip install llama-cpp-python==0.3.36      # compiles for some minutes; in any environment
     python benchmarks/compare_cpu.py --peer-python PYTHON --out result.json name=model.gguf …
 
-Run it on an otherwise idle machine. Ratios above 1 mean that Chandra is faster (load and memory: below 1 is better).
+Run it on an otherwise idle machine, with the package installed (its bytecode is then compiled, as the peer's is).
+Ratios above 1 mean that Chandra is faster (load and memory: below 1 is better).
 The error is the mean Kullback-Leibler divergence of the next token's distribution from that of the dequantized
 weights in float32 (transformers), over a text. `benchmarks/random_model.py` makes larger models to measure.
 """
@@ -37,7 +38,7 @@ def _run(prompt: int, tokens: int, *names: str, sequences: int = 1) -> dict[str,
     return {"prompt": prompt, "sequences": sequences, "tokens": tokens, "names": names}
 
 
-# Peak memory is that of the first process: the usual one, a single sequence.
+# Peak memory is that of the usual process, with a single sequence.
 SINGLE = [
     _run(16, 64, "decode"),
     _run(128, 0, "prefill 128"),
@@ -46,7 +47,12 @@ SINGLE = [
 ]
 LONG = [_run(8100, 32, "decode at 8k")]
 MANY = [_run(32, 32, f"decode x{n}", sequences=n) for n in (2, 4, 8, 16)]
-PHASES = {"single": (SINGLE, 1, 2560), "many": (MANY, 16, 128), "long": (LONG, 1, 8192)}  # runs, sequences, context
+PHASES = {  # runs, sequences, context
+    "load": ([], 1, 2560),
+    "single": (SINGLE, 1, 2560),
+    "many": (MANY, 16, 128),
+    "long": (LONG, 1, 8192),
+}
 
 
 def work(python: str, engine: str, task: dict[str, Any]) -> dict[str, float]:
@@ -73,7 +79,7 @@ def measure(
         for engine, python in pythons.items():
             show.step(f"round {index + 1}, {phase}, {engine}")
             for name, value in work(python, engine, task).items():
-                if phase == "single" or name not in ("load", "memory"):
+                if name not in ("load", "memory") or (name, phase) in (("load", "load"), ("memory", "single")):
                     samples[engine].setdefault(name, []).append(value)
     return samples
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from chandra import LLM, SamplingParams
 from chandra.errors import ContextOverflow, RequestError
+from chandra.memory.host import resident_bytes
 
 pytestmark = pytest.mark.model
 
@@ -76,3 +78,16 @@ def test_what_cannot_be_served_is_refused_and_leaves_nothing(llm: LLM) -> None:
     with pytest.raises(RequestError, match="options"):
         LLM("smollm2:135m", nosuch=1)
     assert not llm.engine.has_work()
+
+
+def test_closing_gives_the_memory_back_at_once(model_file: Callable[[str], Path]) -> None:
+    with LLM(model_file("smollm2:135m"), ctx=256) as llm:
+        llm.generate("The sea is", GREEDY)
+        gc.collect()
+        gc.disable()
+        try:
+            before = resident_bytes()[0]
+            llm.close()
+            assert before - resident_bytes()[0] > 80 << 20  # the weights
+        finally:
+            gc.enable()

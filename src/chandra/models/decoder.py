@@ -272,7 +272,9 @@ class Decoder:
         self._segments = self._cut()
 
     def close(self) -> None:
-        """Give the reservations back. The decoder must not be used after."""
+        """Give all memory and the reservations back; doing so twice is harmless. It must not be used after."""
+        if not self.layers:
+            return
         for stream in self.streams.values():
             stream.close()
         if isinstance(self.head, MappedHead):
@@ -280,3 +282,8 @@ class Decoder:
         self._mover.release()
         for reservation in self._workspace_reservations.values():
             reservation.release()
+        self.layers.clear()  # now, rather than when the garbage collector comes by
+        self.streams.clear()
+        self._workspaces.clear()
+        self._segments = []
+        del self.embedding, self.head

@@ -28,8 +28,7 @@ from chandra.models.weight_stream import (
 from chandra.ops.contracts import Array, Backend, HostBytes, Linear, Weight
 from chandra.quant import Format, PackedWeight, get_format
 
-HOST = "cpu"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HOST, EMBEDDING, HEAD = "cpu", "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_decoder(
@@ -112,7 +111,6 @@ class Loader:
     ) -> None:
         self.checkpoint, self.spec, self.backends, self.ledger, self.forms = checkpoint, spec, backends, ledger, forms
         self.builder = LayerBuilder(spec, backends.layers, context_length, self._reserve)
-        self.loaded = self.builder.loaded
         self.reservations: dict[tuple[str, Kind], Reservation] = {}
         self.mapped = MappedStream[DecoderLayer](self._touch, self._drop)
         self._images: dict[int, LayerImage] = {}
@@ -131,6 +129,8 @@ class Loader:
 
     def release(self) -> None:
         self.mapped.close()
+        for held in (self.builder.loaded, self._images, self._hosts):
+            held.clear()
         for reservation in self.reservations.values():
             reservation.release()
 
@@ -171,10 +171,10 @@ class Loader:
             kind = Kind.PAGE_CACHE if mapped else Kind.WEIGHTS
             self._reserve(backend.device.name, kind, nbytes)
             if source.tensor.packable or source.tensor.role == "router":
-                self.loaded[key] = backend.load_weight(weight, lookup)
-                self._reserve(backend.device.name, kind, self.loaded[key].nbytes - nbytes)
+                self.builder.loaded[key] = backend.load_weight(weight, lookup)
+                self._reserve(backend.device.name, kind, self.builder.loaded[key].nbytes - nbytes)
             else:
-                self.loaded[key] = backend.upload(weight.parts["data"].view(np.float32))
+                self.builder.loaded[key] = backend.upload(weight.parts["data"].view(np.float32))
 
     def _pack(self, source: Source) -> None:
         """Into the image of its layer in host memory."""
@@ -226,7 +226,7 @@ class Loader:
         return weight if form.name == weight.format.name else convert(weight, form)
 
     def decoder(self, max_rows: int, max_logit_rows: int, micro_rows: int) -> Decoder:
-        loaded = self.loaded
+        loaded = self.builder.loaded
         layers, streams = self._layers()
         self._map_rows(max_rows)
         head = self._map_head(max_logit_rows) or Linear(loaded.get(HEAD, loaded[EMBEDDING]))
@@ -315,7 +315,7 @@ class Loader:
         """Look the rows of the embedding up in the file, if they stay there."""
         source = next(source for source in self.forms if source.tensor.name == EMBEDDING)
         if self.stays(source):
-            self.loaded[EMBEDDING] = weight = self._in_file(source)
+            self.builder.loaded[EMBEDDING] = weight = self._in_file(source)
             self._reserve(HOST, Kind.STAGING, lookup_bytes(max_rows, weight.nbytes))
             self._rows = source
 
@@ -365,7 +365,7 @@ class Loader:
         """Compute a layer that lies in host memory from the file from now on, and give its memory back. Raises
         UnsupportedError, and changes nothing, if that cannot be done with it."""
         sources = [s for s in self.forms if s.tensor.layer == index and s.tensor.packable]
-        if any(s.tensor.name not in self.loaded or self._backend(s).device.kind != "cpu" for s in sources):
+        if any(s.tensor.name not in self.builder.loaded or self._backend(s).device.kind != "cpu" for s in sources):
             raise UnsupportedError(f"the weights of layer {index} are not in host memory")
         self._mapped[index] = sources
         try:
@@ -373,7 +373,7 @@ class Loader:
         except BaseException:
             del self._mapped[index]
             raise
-        nbytes = sum(self.loaded.pop(source.tensor.name).nbytes for source in sources)
+        nbytes = sum(self.builder.loaded.pop(source.tensor.name).nbytes for source in sources)
         self._reserve(HOST, Kind.STAGING, 0)
         weights, staging = self.reservations[HOST, Kind.WEIGHTS], self.reservations[HOST, Kind.STAGING]
         pages = self._mapped_pages() - self._pages
@@ -391,7 +391,7 @@ class Loader:
                 self._load(source)
         except BaseException:
             for source in sources:
-                if (weight := self.loaded.pop(source.tensor.name, None)) is not None:
+                if (weight := self.builder.loaded.pop(source.tensor.name, None)) is not None:
                     self._reserve(HOST, Kind.WEIGHTS, -weight.nbytes)
             raise
         self.mapped.remove(index)

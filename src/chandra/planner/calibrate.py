@@ -24,7 +24,17 @@ from chandra.config import Settings
 from chandra.errors import DeviceError
 from chandra.memory.device import Device, parse_device
 from chandra.memory.host import memory_available, resident_bytes, return_free_memory, usable_cores
-from chandra.ops.contracts import Array, Backend, ForwardBatch, Linear, Norm
+from chandra.ops.contracts import (
+    Array,
+    AttentionParams,
+    Backend,
+    ForwardBatch,
+    KVLayer,
+    KVTables,
+    Linear,
+    Norm,
+)
+from chandra.planner.candidate import BLOCK_SIZE
 from chandra.planner.cost import ASSUMED_HOST, Machine, Profile, Rate, machine_with
 from chandra.planner.request import PlanRequest
 from chandra.quant import PackedWeight, get_format
@@ -39,7 +49,7 @@ QUICK = ("Q4_K", "Q5_0", "Q6_K", "Q8_0", "F16")
 THOROUGH = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32", "int8", "nf4")
 LAYERS = 16  # of which the overhead is measured
 FILE = "calibration.json"
-VERSION = 2  # of what is measured and of the kernels: raise it when an old calibration would mislead
+VERSION = 3  # of what is measured and of the kernels: raise it when an old calibration would mislead
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,8 @@ def calibrate(settings: Settings, quick: bool = False) -> Machine:
     cap = 8 * HOST_LOAD.caches
     backend = make_backend(Device("cpu", "cpu", cap), settings.threads, settings.cpu)
     rates = tuple((name, _rate(backend, name, 2 if quick else 5)) for name in (QUICK if quick else THOROUGH))
-    host = Profile(rates, _layer_overhead(backend), None, ASSUMED_HOST.host.runtime)
+    attention = _attention_rate(backend, 2 if quick else 5)
+    host = Profile(rates, _layer_overhead(backend), None, ASSUMED_HOST.host.runtime, attention)
     gpus = {} if quick else {gpu.name: _gpu_profile(gpu) for gpu in usable_gpus()}
     disk, cached = _disk_rates(settings.home, 32 << 20 if quick else 256 << 20)
     machine = Machine({"cpu": host} | gpus, disk, cached=cached)
@@ -142,6 +153,7 @@ def _to_json(machine: Machine) -> dict[str, Any]:
             "layer_overhead": profile.layer_overhead,
             "link": profile.link,
             "runtime": profile.runtime,
+            "attention": profile.attention and [profile.attention.bandwidth, profile.attention.macs],
         }
         for name, profile in machine.profiles.items()
     }
@@ -158,7 +170,8 @@ def _from_json(stored: dict[str, Any]) -> Machine:
     for name, known in stored["profiles"].items():
         rates = tuple((form, Rate(float(a), float(b), float(c))) for form, (a, b, c) in known["rates"].items())
         link = None if known["link"] is None else float(known["link"])
-        profiles[name] = Profile(rates, float(known["layer_overhead"]), link, int(known["runtime"]))
+        attention = known["attention"] and Rate(*map(float, known["attention"]))
+        profiles[name] = Profile(rates, float(known["layer_overhead"]), link, int(known["runtime"]), attention)
     disk, convert, cached = (float(stored[key]) for key in ("disk", "convert", "cached"))
     return Machine(profiles, disk, convert, cached=cached)
 
@@ -207,6 +220,30 @@ def _finish(backend: Backend, segment: object, ops: Callable[[], None], out: Arr
     zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)
     backend.step(segment, ForwardBatch(zero, zero, np.arange(2, dtype=np.int32), one, zero), (), ops)
     backend.download(out[:1])
+
+
+def _attention_rate(backend: Backend, tries: int) -> Rate:
+    """Of the CPU: the caches of some layers read for one row, then the products of many rows with them."""
+    heads, kv_heads, dim, context, rows, layers = 8, 4, 64, 1024, 128, 16
+    params = AttentionParams(heads, kv_heads, dim, dim**-0.5)
+    cache = np.zeros((2 * layers, context // BLOCK_SIZE, kv_heads, BLOCK_SIZE, dim), np.float16)
+    caches = [KVLayer(k, v, "f16", BLOCK_SIZE) for k, v in zip(cache[::2], cache[1::2], strict=True)]
+    blocks = np.arange(context // BLOCK_SIZE, dtype=np.int32)[None]
+
+    def run(n: int) -> float:
+        positions = np.arange(context - n, context, dtype=np.int32)
+        ends, contexts = np.array([0, n], np.int32), np.array([context], np.int32)
+        batch, tables = ForwardBatch(positions, positions, ends, contexts, positions[:0]), KVTables(blocks, positions)
+        q, out = np.ones((n, heads * dim), np.float32), backend.empty((n, heads * dim), "float32")
+        k, v = np.ones((2, n, kv_heads * dim), np.float32)
+
+        def layers_of_it() -> None:
+            for each in caches:
+                backend.attention(q, k, v, batch, params, each, tables, out)
+
+        return _best(layers_of_it, tries)
+
+    return Rate(cache.nbytes / run(1), layers * rows * 2 * heads * dim * (context - rows / 2) / run(rows))
 
 
 def _layer_overhead(backend: Backend) -> float:

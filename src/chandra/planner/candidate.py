@@ -146,25 +146,29 @@ class Candidate:
 
     def _compute(self, device: str, rows: Number, sequences: Number, context: Number, apart: bool) -> Floats:
         """Seconds of each layer whose weights are at hand, `(layers,)`, or a row of them for each row of the inputs."""
-        sizes, rate, host = self.sizes, self.rate(device), self.rate(HOST)
+        sizes, rate, host, profile = self.sizes, self.rate(device), self.rate(HOST), self.machine.of(device)
         _, _, windows, heads = self.model.attention
         seen = np.minimum(context, windows)
-        macs = rows * (sizes.per_layer.dense_macs + 2 * heads * np.minimum(seen, (context + rows) / 2))
-        read = sizes.packed.dense_array
+        macs, read = rows * sizes.per_layer.dense_macs, sizes.packed.dense_array
+        scored, cached = rows * 2 * heads * np.minimum(seen, (context + rows) / 2), sequences * seen * self.kv_token
         expert_macs: Number = 0.0
         elsewhere: Number = 0.0
+        if profile.attention is None:
+            macs, read = macs + scored, read + cached
+        else:
+            elsewhere = np.maximum(cached / profile.attention.bandwidth, scored / profile.attention.macs)
         if any(sizes.packed.experts):
             experts = sizes.packed.layers - read
             used, expert_macs = experts * (1 - sizes.per_layer.idle**rows), rows * sizes.per_layer.expert_macs
             if apart:
                 hops = self.machine.host.layer_overhead + 2 * HOP
-                elsewhere = np.where(experts > 0, np.maximum(used / host.bandwidth, expert_macs / host.macs) + hops, 0)
+                apart_seconds = np.maximum(used / host.bandwidth, expert_macs / host.macs) + hops
+                elsewhere = elsewhere + np.where(experts > 0, apart_seconds, 0)
                 expert_macs = 0.0
             else:
                 read = read + used
-        read = read + sequences * seen * self.kv_token
         compute = np.maximum(read / rate.bandwidth, (macs + expert_macs) / rate.macs)
-        return cast(Floats, compute + self.machine.of(device).layer_overhead + elsewhere)
+        return cast(Floats, compute + profile.layer_overhead + elsewhere)
 
     def _copied(self, placement: Placement, device: str, seconds: Floats) -> Floats:
         """Copies for each step run beside the computation: the longer of both counts. The CPU makes of what is on disk

@@ -33,13 +33,15 @@ class Profile:
 
     `rates` by weight format; one that is not there is taken to be like the one of the nearest size. `layer_overhead`:
     seconds per layer and step that rates do not explain. `link`: bytes/s from the host; None: the host. `runtime`:
-    bytes taken by merely using the device (context, libraries, interpreter).
+    bytes taken by merely using the device (context, libraries, interpreter). `attention`: the same for the cache and
+    the products with it; None: as for weights, and at the same time.
     """
 
     rates: tuple[tuple[str, Rate], ...]
     layer_overhead: float = 0.0
     link: float | None = None
     runtime: int = 0
+    attention: Rate | None = None
 
     def rate(self, mix: tuple[tuple[str, int], ...]) -> Rate:
         """The rate for weights with these bytes in each format."""
@@ -101,7 +103,8 @@ def machine_with(host: Machine, devices: Sequence[Device]) -> Machine:
         if device.kind == "virtual":
             most = device.bandwidth or float("inf")
             rates = tuple((name, replace(rate, bandwidth=min(rate.bandwidth, most))) for name, rate in base.rates)
-            profiles[device.name] = Profile(rates, base.layer_overhead, device.link)
+            attention = base.attention and replace(base.attention, bandwidth=min(base.attention.bandwidth, most))
+            profiles[device.name] = Profile(rates, base.layer_overhead, device.link, attention=attention)
         else:
             bandwidth, link = device.bandwidth or ASSUMED_BANDWIDTH, device.link or ASSUMED_LINK
             rate = Rate(0.8 * bandwidth, 27 * bandwidth)
