@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from chandra.memory.plan import Plan
 from chandra.memory.running import MemoryRow, Running, StateFile, began
 from chandra.models import Backends, Decoder, ModelSpec, load_decoder, read_spec
 from chandra.ops.contracts import Backend
-from chandra.planner import PlanRequest, discover, plan, plannable, tensor_formats
+from chandra.planner import PlanRequest, cached_rate, discover, plan, plannable, tensor_formats
 from chandra.planner.kernels import BuiltKernels, Limits, check_scratch, host_workspace, promise_scratch, repacking
 from chandra.planner.request import HOST_MARGIN
 from chandra.store import Progress, Store, StoredModel
@@ -149,6 +149,8 @@ def load(
         request = request.with_defaults(settings)
         constraints = request.constraints()
         devices, machine = discover(request, settings)
+        if constraints.disk:
+            machine = replace(machine, cached=cached_rate(checkpoint))
         made = plan(plannable(stored.name, spec, checkpoint, constraints.format), devices, machine, constraints)
         ledger = _open_ledger(made)
         backends = {d.name: _open_device(d, spec, made, settings, ledger) for d in made.devices if _used(made, d.name)}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from chandra.memory.device import Device
 from chandra.memory.plan import Plan
 from chandra.planner.assemble import assemble
-from chandra.planner.calibrate import calibrate, discover
+from chandra.planner.calibrate import cached_rate, calibrate, discover
 from chandra.planner.cost import ASSUMED_HOST, Machine, Profile, Rate, machine_with
 from chandra.planner.planner import Constraints, check, search
 from chandra.planner.request import PlanRequest
@@ -21,6 +21,7 @@ __all__ = [
     "PlannableModel",
     "Profile",
     "Rate",
+    "cached_rate",
     "calibrate",
     "discover",
     "machine_with",

@@ -19,7 +19,7 @@ import numpy as np
 
 from chandra.backends import make_backend
 from chandra.backends.cuda.driver import usable_gpus
-from chandra.checkpoint import MappedFile
+from chandra.checkpoint import Checkpoint, MappedFile
 from chandra.config import Settings
 from chandra.errors import DeviceError
 from chandra.memory.device import Device, parse_device
@@ -48,6 +48,8 @@ BASELINE_STEP = 2 << 20  # bytes: the process is never measured to the page, so 
 QUICK = ("Q4_K", "Q5_0", "Q6_K", "Q8_0", "F16")
 THOROUGH = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32", "int8", "nf4")
 LAYERS = 16  # of which the overhead is measured
+SUSTAINED = 0.87  # share of a kernel's best rate at one row that a model's steps reach: measured on three of them
+SAMPLE = 64 << 20  # bytes of a model that are brought in to see how fast that goes
 FILE = "calibration.json"
 VERSION = 3  # of what is measured and of the kernels: raise it when an old calibration would mislead
 
@@ -80,6 +82,23 @@ def discover(request: PlanRequest, settings: Settings, vocab_size: int = 0) -> t
     cap = next(device.cap for device in devices if device.name == "cpu")
     spare = max(0, memory_available() + sum(resident_bytes()) - cap)
     return devices, machine_with(replace(machine, profiles=measured | {"cpu": host}, cache=spare), devices)
+
+
+def cached_rate(checkpoint: Checkpoint) -> float:
+    """Bytes/s of this model's pages that the system still has: it keeps a file in smaller or larger pieces, as it came
+    in, and that makes a difference of ten. Reads up to SAMPLE bytes of the file."""
+    names, nbytes = [], 0
+    for tensor in sorted(checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes):
+        if nbytes + tensor.nbytes <= SAMPLE:
+            names.append(tensor.name)
+            nbytes += tensor.nbytes
+
+    def bring() -> None:
+        for name in names:
+            checkpoint.prefetch(name)
+            checkpoint.release(name)
+
+    return nbytes / _best(bring, 1)
 
 
 def _gpus(request: PlanRequest) -> tuple[Device, ...]:
@@ -189,7 +208,7 @@ def _best(run: Callable[[], object], tries: int) -> float:
 
 def _linear(backend: Backend, name: str, rows: int, columns: int, stored: bool = False) -> Linear:
     form, shape = get_format(name), (rows, columns)
-    parts = {part.name: np.zeros(part.shape, part.dtype) for part in form.parts(shape)}
+    parts = {part.name: np.full(part.shape, 0, part.dtype) for part in form.parts(shape)}  # written: memory of its own
     return Linear(backend.load_weight(PackedWeight(form, shape, parts), stored))
 
 
@@ -207,11 +226,11 @@ def _rate(backend: Backend, name: str, tries: int, load: Load = HOST_LOAD) -> Ra
 
         return _best(lambda: _finish(backend, (name, rows), products, out), tries)
 
-    decode = len(linears) * nbytes / run(1, linears)
+    decode = SUSTAINED * len(linears) * nbytes / run(1, linears)
     prefill = 2 * load.rows * width**2 / run(load.rows, linears[:2])
     if backend.device.kind != "cpu":
         return Rate(decode, prefill)
-    stored = [_linear(backend, name, width, width, stored=True) for _ in range(4)]
+    stored = [_linear(backend, name, width, width, stored=True) for _ in range(16)]
     return Rate(decode, prefill, len(stored) * nbytes / run(1, stored))
 
 
@@ -298,13 +317,14 @@ def _read_rates(path: Path, nbytes: int) -> tuple[float, float]:
         while done < nbytes and (count := file.readinto(buffer)):
             done += count
         disk = done / max(time.perf_counter() - start, 1e-9)
-    mapped, piece = MappedFile(path), min(done, len(buffer) * 8)
+    mapped, piece = MappedFile(path), 8 << 20
 
     def bring() -> None:
-        mapped.prefetch(0, piece)
-        mapped.release(0, piece)
+        for start in range(0, done, piece):
+            mapped.prefetch(start, min(piece, done - start))
+            mapped.release(start, min(piece, done - start))
 
-    cached = piece / _best(bring, 3)
+    cached = done / _best(bring, 3)
     mapped.close()
     return disk, cached
 

@@ -172,7 +172,8 @@ class Candidate:
 
     def _copied(self, placement: Placement, device: str, seconds: Floats) -> Floats:
         """Copies for each step run beside the computation: the longer of both counts. The CPU makes of what is on disk
-        what its kernels want before it computes; for other devices the thread that reads does that."""
+        what its kernels want before it computes; for other devices the thread that reads does that. Pages that the
+        system still has take the CPU's own time to bring in."""
         if placement not in ("stream", "disk"):
             return seconds
         streamed, link = self.pieces(device).streamed, self.machine.of(device).link
@@ -182,7 +183,8 @@ class Candidate:
         packed = self.sizes.packed.streamed
         reading, making = packed / self.machine.disk_rate(self.sizes.stored), packed / self.rate(HOST).mapped
         if device == HOST:
-            return np.maximum(reading, seconds + making)
+            computing = seconds + making
+            return reading + computing if self.machine.in_cache(self.sizes.stored) else np.maximum(reading, computing)
         return np.maximum(reading + making, seconds + copying)
 
     def micro_rows(self, devices: Iterable[str]) -> int:

@@ -74,9 +74,13 @@ class Machine:
     cache: int = 0
     cached: float = 4e9
 
+    def in_cache(self, nbytes: int) -> bool:
+        """Whether a file of so many bytes that is read over and over stays in the system's memory."""
+        return nbytes <= self.cache
+
     def disk_rate(self, nbytes: int) -> float:
-        """Bytes/s of a file of so many bytes that is read over and over."""
-        return self.cached if nbytes <= self.cache else self.disk
+        """Bytes/s of such a file."""
+        return self.cached if self.in_cache(nbytes) else self.disk
 
     @property
     def host(self) -> Profile:
