@@ -108,17 +108,28 @@ def process_bytes() -> int:
     return discover(PlanRequest(), Settings.from_env())[1].host.runtime
 
 
+def load_as_wanted(model: Path, options: dict[str, Any], wanted: set[tuple[str, str]]) -> LLM:
+    """With a budget of the host that leads to the wanted placements: what a process that ran other tests takes is known
+    to a few MiB only."""
+    extra = int(options["host"].removeprefix("PROCESS+").removesuffix("MiB")) if "host" in options else 0
+    for more in range(0, 48, 8):
+        if extra:
+            gc.collect()
+            options = options | {"host": str(process_bytes() + (extra + more << 20))}
+        llm = LLM(model, ctx=256, parallel=2, **options)
+        if not extra or placements(llm.plan) >= wanted:
+            break
+        llm.close()
+    return llm
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_tokens_do_not_depend_on_where_weights_come_from(
     case: str, model: Path, plain: list[list[int]], only: Callable[..., None]
 ) -> None:
     modes, options, wanted = CASES[case]
-    if "host" in options:
-        extra = int(options["host"].removeprefix("PROCESS+").removesuffix("MiB"))
-        gc.collect()
-        options = options | {"host": str(process_bytes() + (extra << 20))}
     only(*modes)
-    with LLM(model, ctx=256, parallel=2, **options) as llm:
+    with load_as_wanted(model, options, wanted) as llm:
         assert placements(llm.plan) >= wanted
         check_executed(llm)
         assert answer(llm) == plain
