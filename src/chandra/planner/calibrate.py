@@ -42,8 +42,8 @@ from chandra.quant import PackedWeight, get_format
 _log = logging.getLogger(__name__)
 
 # Bytes of a process that runs a model, measured: with nothing but modules, for each entry of the vocabulary, and what
-# it grows by when it computes (stacks of threads, code of kernels, what malloc keeps).
-BASELINE, TOKEN, GROWTH = 46 << 20, 110, 8 << 20
+# it grows by when it computes (stacks of threads, code of kernels, what malloc keeps), and with each further device.
+BASELINE, TOKEN, GROWTH, EACH = 46 << 20, 110, 8 << 20, 1 << 20
 BASELINE_STEP = 2 << 20  # bytes: the process is never measured to the page, so that plans repeat
 QUICK = ("Q4_K", "Q5_0", "Q6_K", "Q8_0", "F16")
 THOROUGH = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32", "int8", "nf4")
@@ -77,7 +77,8 @@ def discover(request: PlanRequest, settings: Settings, vocab_size: int = 0) -> t
     devices, machine = request.devices(_gpus(request)), known_machine(settings)
     return_free_memory()
     taken = BASELINE + TOKEN * vocab_size if vocab_size else sum(resident_bytes())
-    host = replace(machine.host, runtime=-(-(taken + GROWTH) // BASELINE_STEP) * BASELINE_STEP)
+    growth = GROWTH + EACH * (len(devices) - 1)
+    host = replace(machine.host, runtime=-(-(taken + growth) // BASELINE_STEP) * BASELINE_STEP)
     measured = {d.name: p for d in devices if (p := machine.profiles.get(d.name.split("/")[0]))}
     cap = next(device.cap for device in devices if device.name == "cpu")
     spare = max(0, memory_available() + sum(resident_bytes()) - cap)
