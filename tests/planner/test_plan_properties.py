@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,15 +12,33 @@ from planner_models import random_constraints, random_devices, random_machine, r
 
 from chandra.errors import DoesNotFit, UsageError
 from chandra.kvcache.layout import group_layers
+from chandra.memory.device import Device
 from chandra.memory.plan import Plan
 from chandra.models import workspace_bytes
-from chandra.planner import Constraints, PlannableModel, plan
+from chandra.planner import Constraints, Machine, PlannableModel, plan
 from chandra.planner.planner import check, search
+
+Case = tuple[random.Random, PlannableModel, list[Device], Machine, Constraints]
 
 
 def seeds(quick: int, thorough: int) -> list[object]:
     """A few seeds for every run, and many for the slow one."""
     return [*range(quick), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(quick, thorough))]
+
+
+def cases(first: int, count: int, divided: int = 1) -> Iterator[Case]:
+    """Random models, devices with a part of their memory, machines and constraints that contradict nothing; each with
+    the source of its randomness, seeded with `first` and on."""
+    for seed in range(first, first + count):
+        rng = random.Random(seed)
+        model = random_model(rng)
+        devices = [replace(device, cap=device.cap // divided) for device in random_devices(rng, model)]
+        machine, c = random_machine(rng, devices), random_constraints(rng, model, devices)
+        try:
+            check(model, devices, c)
+        except UsageError:
+            continue
+        yield rng, model, devices, machine, c
 
 
 def bytes_of(made: Plan, model: PlannableModel) -> dict[str, int]:
@@ -100,15 +119,7 @@ def check_layers(made: Plan, model: PlannableModel) -> None:
 @pytest.mark.parametrize("seed", seeds(3, 12))
 def test_plans_keep_budgets_and_constraints(seed: int) -> None:
     made = 0
-    for case in range(50):
-        rng = random.Random(1000 * seed + case)
-        model = random_model(rng)
-        devices = random_devices(rng, model)
-        machine, c = random_machine(rng, devices), random_constraints(rng, model, devices)
-        try:
-            check(model, devices, c)
-        except UsageError:
-            continue
+    for _, model, devices, machine, c in cases(1000 * seed, 50):
         if search(model, devices, machine, c) is not None:
             check_plan(plan(model, devices, machine, c), model, c)
             made += 1
@@ -117,15 +128,7 @@ def test_plans_keep_budgets_and_constraints(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", seeds(2, 8))
 def test_more_memory_is_never_worse(seed: int) -> None:
-    for case in range(25):
-        rng = random.Random(5000 + 1000 * seed + case)
-        model = random_model(rng)
-        devices = random_devices(rng, model)
-        machine, c = random_machine(rng, devices), random_constraints(rng, model, devices)
-        try:
-            check(model, devices, c)
-        except UsageError:
-            continue
+    for rng, model, devices, machine, c in cases(5000 + 1000 * seed, 25):
         before = search(model, devices, machine, c)
         index = rng.randrange(len(devices))
         more = list(devices)
@@ -142,15 +145,7 @@ def test_the_bound_that_prunes_is_a_bound(seed: int, monkeypatch: pytest.MonkeyP
     """Search finds what trying every candidate finds."""
     from chandra.planner import planner
 
-    for case in range(25):
-        rng = random.Random(9000 + 1000 * seed + case)
-        model = random_model(rng)
-        devices = random_devices(rng, model)
-        machine, c = random_machine(rng, devices), random_constraints(rng, model, devices)
-        try:
-            check(model, devices, c)
-        except UsageError:
-            continue
+    for _, model, devices, machine, c in cases(9000 + 1000 * seed, 25):
         pruned = search(model, devices, machine, c)
         with monkeypatch.context() as patch:
             patch.setattr(planner, "least_cost", lambda total, places, bounds: 0 * bounds)  # noqa: ARG005
@@ -163,15 +158,7 @@ def test_the_bound_that_prunes_is_a_bound(seed: int, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("seed", seeds(1, 5))
 def test_refusals_name_a_change_that_helps(seed: int) -> None:
     refused = 0
-    for case in range(25):
-        rng = random.Random(20000 + 1000 * seed + case)
-        model = random_model(rng)
-        devices = [replace(device, cap=device.cap // 4) for device in random_devices(rng, model)]
-        machine, c = random_machine(rng, devices), random_constraints(rng, model, devices)
-        try:
-            check(model, devices, c)
-        except UsageError:
-            continue
+    for _, model, devices, machine, c in cases(20000 + 1000 * seed, 25, divided=4):
         if search(model, devices, machine, c) is None:
             with pytest.raises(DoesNotFit, match="it would") as refusal:
                 plan(model, devices, machine, c)
