@@ -19,8 +19,7 @@ from chandra.errors import ChandraError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = _parse(_parser(), argv)
     try:
         return int(arguments.run(arguments))
     except ChandraError as error:
@@ -42,6 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """As `parse_args`, but a prompt may also come after options that follow the model's name."""
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "prompt")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.prompt += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -180,7 +180,7 @@ class Store:
         import difflib  # here: nothing else needs it
 
         known = {model.name for model in self.list()} | set(self.catalog.entries)
-        close = difflib.get_close_matches(str(name), sorted(known), n=3, cutoff=0.5)
+        close = difflib.get_close_matches(str(name), sorted(known), n=3, cutoff=0.6)
         if str(name) in known or name.kind != "catalog":
             hint = f"pull it with `chandra pull {name}`"
         elif close:
