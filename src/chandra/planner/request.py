@@ -130,7 +130,8 @@ def _match(request: DeviceRequest, name: str, present: Sequence[Device]) -> Devi
         physical = next((d for d in present if d.name == request.name), None)
         if physical is None:
             have = ", ".join(d.name for d in present) or "none"
-            raise DeviceError(f"there is no device {request.name}", f"GPUs here: {have}; for a plan of another machine write its size or chip: 6GiB, rtx2060")
+            other = "for a plan of another machine write the GPU's size or chip: 6GiB, rtx2060"
+            raise DeviceError(f"there is no device {request.name}", f"GPUs here: {have}; {other}")
         return replace(physical, name=name, cap=min(request.cap or physical.cap, physical.cap))
     assert request.cap is not None
     return Device(name, "assumed", request.cap, request.bandwidth, request.link)
