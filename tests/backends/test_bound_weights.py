@@ -45,7 +45,7 @@ def through_memory(backend: Backend, weight: PackedWeight) -> Weight:
     host = backend.host_buffer(nbytes)
     host[...] = 0xA5  # nothing may depend on what was there
     backend.pack_weight(weight, host)
-    backend.fetch(host, memory).wait()
+    backend.fetch(host, memory).done()
     host[...] = 0x5A
     return bound
 
@@ -99,7 +99,7 @@ def test_a_slot_holds_one_weight_after_another() -> None:
     bound = backend.bind_weight(weights[0].format, weights[0].shape, slot)
     for weight in weights:
         backend.pack_weight(weight, host)
-        backend.fetch(host, slot).wait()
+        backend.fetch(host, slot).done()
         assert np.array_equal(product(backend, bound, 2), product(backend, backend.load_weight(weight), 2))
 
 

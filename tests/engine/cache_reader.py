@@ -11,20 +11,15 @@ from chandra.kvcache import KVPool, LayerGroup, SwapSpace
 from chandra.memory.device import Device
 from chandra.memory.ledger import Ledger
 from chandra.ops.contracts import ForwardBatch, KVView
+from chandra.ops.reference import ReferenceBackend
 
 VOCAB, SIZE = 97, 4
 FULL, WINDOW = LayerGroup((0,), 1, 1), LayerGroup((1,), 1, 1, window=9)
 
 
-class Host:
+class Host(ReferenceBackend):
     def empty(self, shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
         return np.full(shape, -1, dtype)
-
-    def download(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        return array.copy()
-
-    def write(self, host: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
-        out[...] = host
 
     def trim(self, array: np.ndarray[Any, Any], rows: int) -> bool:
         array[rows:] = -1

@@ -56,6 +56,7 @@ class Cache:
 
     def scribble(self) -> None:
         """Spoil what stands in blocks and slots that nobody holds or could find again."""
+        self.swap.settle()
         books = ((self.pool, self.manager.allocators), (self.swap.pool, self.swap.allocators))
         for pool, allocators in books:
             for group, allocator in enumerate(allocators):

@@ -19,7 +19,7 @@ from chandra.memory.device import Device
 from chandra.memory.ledger import Kind, Ledger
 from chandra.models import Backends, Decoder, ModelSpec, TensorSpec, load_decoder, spec_from_config, tensor_table
 from chandra.models.tensors import NAMES
-from chandra.ops.contracts import Array, Fetch, HostBytes
+from chandra.ops.contracts import Array, Copy, HostBytes
 from chandra.planner import ASSUMED_HOST, Constraints, plan, plannable
 from chandra.planner.kernels import PIECE, repacking
 from chandra.runtime import _load_weights
@@ -69,7 +69,7 @@ class Unreliable(VirtualBackend):
 
     failures = 0
 
-    def fetch(self, host: HostBytes, out: Array) -> Fetch:
+    def fetch(self, host: HostBytes, out: Array) -> Copy:
         if self.failures:
             self.failures -= 1
             return super().fetch(host, out[:1])

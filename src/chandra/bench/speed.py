@@ -37,7 +37,7 @@ def rates(backend: CudaBackend, nbytes: int, width: int) -> dict[str, float]:
     a = torch.randn(width, width, dtype=backend.accelerator.half, device=backend.accelerator.device)
     return {
         "copy": 2 * nbytes / best(backend, lambda: two.copy_(one)),
-        "link": nbytes / best(backend, lambda: backend.fetch(host, one).wait()),
+        "link": nbytes / best(backend, lambda: backend.fetch(host, one).done()),
         "matmul": 2 * width**3 / best(backend, lambda: a @ a),
         "context": backend.context_bytes(),
     }

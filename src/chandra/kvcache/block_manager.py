@@ -99,8 +99,10 @@ class BlockManager:
         missing = wanted - table.num_blocks
         if any(allocator.available < missing for allocator in self.allocators):
             return False
-        for allocator, row in zip(self.allocators, table.rows, strict=True):
-            row[table.num_blocks : wanted] = [allocator.take() for _ in range(missing)]
+        for group, (allocator, row) in enumerate(zip(self.allocators, table.rows, strict=True)):
+            row[table.num_blocks : wanted] = taken = [allocator.take() for _ in range(missing)]
+            if self.swap is not None:
+                self.swap.reuse(group, taken)
         table.num_blocks = wanted
         table.version += 1
         return True
@@ -201,6 +203,8 @@ class BlockManager:
         """
         swap = self.swap if self.swap is not None and pool is self.swap.pool else None
         tables, allocators = (self.swapped, swap.allocators) if swap else (self.tables, self.allocators)
+        if self.swap is not None:
+            self.swap.settle()
         if limit > allocators[group].limit:
             pool.resize(group, limit)
         moves = allocators[group].set_limit(limit)

@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from chandra.kvcache.layout import LayerGroup, kv_row
 from chandra.memory.ledger import Kind, Ledger, Reservation
-from chandra.ops.contracts import Backend, KVLayer
+from chandra.ops.contracts import Array, Backend, KVLayer
 
 
 class KVPool:
@@ -72,7 +72,7 @@ class KVPool:
             for array in (old.k, old.v):
                 for source, target in moves.items():
                     array[target] = array[source]
-            if backend.trim(old.k, blocks) and backend.trim(old.v, blocks):
+            if self._trim(group, old, blocks):
                 continue
             backend.forget_steps()
             kept = min(blocks, self.num_blocks[index])
@@ -88,8 +88,15 @@ class KVPool:
     def _allocate(self, group: LayerGroup, blocks: int) -> KVLayer:
         row, dtype = kv_row(self.kv_type, group.head_dim)
         shape = (blocks, group.num_kv_heads, self.block_size, row)
+        k, v = (self._empty(group, shape, dtype) for _ in range(2))
+        return KVLayer(k, v, self.kv_type, self.block_size)
+
+    def _empty(self, group: LayerGroup, shape: tuple[int, ...], dtype: str) -> Array:
+        return self._backends[group.device].empty(shape, dtype)
+
+    def _trim(self, group: LayerGroup, layer: KVLayer, blocks: int) -> bool:
         backend = self._backends[group.device]
-        return KVLayer(backend.empty(shape, dtype), backend.empty(shape, dtype), self.kv_type, self.block_size)
+        return backend.trim(layer.k, blocks) and backend.trim(layer.v, blocks)
 
     def close(self) -> None:
         """Drop the arrays and give the reservations back."""

@@ -200,11 +200,9 @@ class Decoder:
         if hidden is not None:
             backend.write(hidden, x)
         run = partial(self._run, segment, x, batch, kv)
-        if segment.streamed:  # its layers do not lie where they lay in the step before
-            run()
-        else:
-            tables = {id(t): t for t in (kv.tables(piece.layer.index) for piece in segment.pieces)}
-            backend.step((segment, start), batch, tuple(tables.values()), run)
+        tables = {id(t): t for t in (kv.tables(piece.layer.index) for piece in segment.pieces)}
+        known = None if segment.streamed else (segment, start)  # streamed layers lie elsewhere in each step
+        backend.step(known, batch, tuple(tables.values()), run)
         return None if stay else backend.download(x)
 
     def _run(self, segment: Segment, x: Array, batch: ForwardBatch, kv: KVView) -> None:

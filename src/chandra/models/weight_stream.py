@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
 
 from chandra.models.layers import DecoderLayer
-from chandra.ops.contracts import Array, Backend, Fetch, HostBytes, IntArray, Linear, Norm
+from chandra.ops.contracts import Array, Backend, Copied, Copy, HostBytes, IntArray, Linear, Norm
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ class SlotStream(Stream[DecoderLayer]):
     ) -> None:
         self._backend, self._images, self._slots, self._layers = backend, dict(images), list(slots), dict(layers)
         self._turns = _Turns(self._images)
-        self._held: list[tuple[int, Fetch] | None] = [None] * len(slots)
+        self._held: list[tuple[int, Copy] | None] = [None] * len(slots)
 
     def acquire(self, index: int) -> DecoderLayer:
         self._turns.seek(index)
@@ -124,7 +124,7 @@ class SlotStream(Stream[DecoderLayer]):
         for held in self._held:
             if held is not None:
                 with suppress(Exception):
-                    held[1].wait()
+                    held[1].done()
         self._held.clear()
         self._images.clear()
         self._slots.clear()
@@ -150,6 +150,7 @@ class ReadStream(Stream[DecoderLayer]):
         self._buffers, self._slot, self._layers = list(buffers), slot, dict(layers)
         self._turns = _Turns(nbytes)
         self._held: list[tuple[int, Future[None]] | None] = [None] * len(buffers)
+        self._copies: list[Copy] = [Copied() for _ in buffers]  # out of each
         self._reader = ThreadPoolExecutor(1)
 
     def acquire(self, index: int) -> DecoderLayer:
@@ -162,7 +163,8 @@ class ReadStream(Stream[DecoderLayer]):
         assert held is not None
         try:
             held[1].result()
-            self._backend.fetch(self._buffers[buffer][:nbytes], self._slot[:nbytes]).wait()
+            self._copies[buffer] = self._backend.fetch(self._buffers[buffer][:nbytes], self._slot[:nbytes])
+            self._copies[buffer].wait()
         except BaseException:
             self._held[buffer] = None
             raise
@@ -176,11 +178,18 @@ class ReadStream(Stream[DecoderLayer]):
         buffer, index = turn % len(self._buffers), self._turns.at(turn)
         held = self._held[buffer]
         if held is None or held[0] != index:
-            out = self._buffers[buffer][: self._nbytes[index]]
-            self._held[buffer] = index, self._reader.submit(self._read, index, out)
+            self._held[buffer] = index, self._reader.submit(self._fill, index, buffer, self._copies[buffer])
+
+    def _fill(self, index: int, buffer: int, copy: Copy) -> None:
+        with suppress(Exception):  # it was raised where it mattered
+            copy.done()
+        self._read(index, self._buffers[buffer][: self._nbytes[index]])
 
     def close(self) -> None:
         self._reader.shutdown(cancel_futures=True)
+        for copy in self._copies:
+            with suppress(Exception):
+                copy.done()
         self._held.clear()
         self._buffers.clear()
         self._layers.clear()

@@ -146,18 +146,25 @@ class KVView(Protocol):
         ...
 
 
-class Fetch(Protocol):
-    """A copy to a device that runs beside computation."""
+class Copy(Protocol):
+    """A copy between the host and a device that runs beside computation."""
 
     def wait(self) -> None:
-        """Ops issued from now on see the bytes, and the host's may change. Raises what the copy raised."""
+        """Ops issued from now on come after the copy. Raises what the copy raised, if that is known by now."""
+        ...
+
+    def done(self) -> None:
+        """Return when the copy is over: the host may use its bytes again. Any thread may ask. Raises what it raised."""
         ...
 
 
-class Fetched:
-    """A copy that is done."""
+class Copied:
+    """A copy that is over."""
 
     def wait(self) -> None:
+        pass
+
+    def done(self) -> None:
         pass
 
 
@@ -214,23 +221,31 @@ class Backend(ABC):
     def host_buffer(self, nbytes: int) -> HostBytes:
         """Host memory from which copies to this device are fast, aligned to 64."""
 
-    @abstractmethod
-    def fetch(self, host: HostBytes, out: Array) -> Fetch:
-        """Begin to copy host bytes into device bytes of the same size. Ops issued before are done with `out` before it
-        is overwritten; copies are done in the order in which they were begun."""
+    # copies beside computation: after ops that were issued before, and in the order in which they are begun
+
+    def fetch(self, host: np.ndarray[Any, Any], out: Array) -> Copy:
+        """Begin to copy a host array into a device array of the same shape."""
+        self.write(host, out)
+        return Copied()
+
+    def store(self, array: Array, host: np.ndarray[Any, Any]) -> Copy:
+        """Begin to copy a device array into a host array of the same shape."""
+        host[...] = self.download(array)
+        return Copied()
 
     # ops
 
     def step(
         self,
-        segment: Hashable,  # noqa: ARG002
+        segment: Hashable | None,  # noqa: ARG002
         batch: ForwardBatch,  # noqa: ARG002
         tables: Sequence[KVTables],  # noqa: ARG002
         ops: Callable[[], None],
     ) -> None:
         """Do `ops`, which makes all calls of a step for this device. A device may record them and, in a later step of
         the same `segment` whose batch has the same sizes, repeat the record instead: `ops` must do nothing but make
-        calls that depend on the contents of `batch` and `tables` (all that it uses) and of buffers alone."""
+        calls that depend on the contents of `batch` and `tables` (all that it uses) and of buffers alone. What belongs
+        to no segment (None) is never repeated."""
         ops()
 
     def forget_steps(self) -> None:  # noqa: B027

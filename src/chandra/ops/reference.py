@@ -18,8 +18,6 @@ from chandra.ops.contracts import (
     AttentionParams,
     Backend,
     Experts,
-    Fetch,
-    Fetched,
     ForwardBatch,
     HostBytes,
     IntArray,
@@ -72,10 +70,6 @@ class ReferenceBackend(Backend):
 
     def host_buffer(self, nbytes: int) -> HostBytes:
         return aligned_bytes(nbytes)
-
-    def fetch(self, host: HostBytes, out: Array) -> Fetch:
-        out[...] = host
-        return Fetched()
 
     def embed(self, batch: ForwardBatch, table: Weight, scale: float, out: Array) -> None:
         for row, token in enumerate(batch.token_ids.tolist()):

@@ -12,9 +12,9 @@ from cuda_model import Model
 from triton.runtime import interpreter
 
 from chandra.backends.cpu.backend import CpuBackend
-from chandra.backends.cuda.accelerator import Accelerator
+from chandra.backends.cuda.accelerator import Accelerator, guard
 from chandra.backends.cuda.backend import CudaBackend
-from chandra.errors import BudgetExceeded
+from chandra.errors import BudgetExceeded, DeviceError
 from chandra.memory.device import Device
 from chandra.ops.contracts import ForwardBatch
 from chandra.ops.reference import ReferenceBackend
@@ -164,3 +164,32 @@ def test_a_weight_can_be_fetched_into_memory_that_is_there() -> None:
         outs.append(backend.download(out))
     assert np.array_equal(*outs)
     assert np.allclose(outs[0], weight.unpack().numpy()[[3, 31]])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has a total of ...\nMore"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+    ],
+)
+def test_out_of_memory_is_that_of_the_logical_device(monkeypatch: pytest.MonkeyPatch, error: RuntimeError) -> None:
+    backend = cuda("cuda:0/1")
+    used = backend.arena.used
+
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(BudgetExceeded, match="out of memory") as raised:
+        backend.empty((4,), "float32")
+    assert raised.value.device == "cuda:0/1"
+    assert raised.value.nbytes == (2 << 20 if "Tried" in str(error) else 0)
+    assert backend.arena.used == used
+
+
+def test_what_is_not_the_gpus_fault_is_not_called_so() -> None:
+    with pytest.raises(RuntimeError, match="mine"), guard("cuda:0"):
+        raise RuntimeError("mine")
+    with pytest.raises(DeviceError, match="cuda:0/1 is lost"), guard("cuda:0/1"):
+        raise RuntimeError("Triton Error [CUDA]: unspecified launch failure")

@@ -19,8 +19,6 @@ from chandra.ops.contracts import (
     AttentionParams,
     Backend,
     Experts,
-    Fetch,
-    Fetched,
     ForwardBatch,
     HostBytes,
     IntArray,
@@ -93,10 +91,6 @@ class CpuBackend(Backend):
 
     def host_buffer(self, nbytes: int) -> HostBytes:
         return aligned_bytes(nbytes)
-
-    def fetch(self, host: HostBytes, out: Array) -> Fetch:
-        out[...] = host
-        return Fetched()
 
     def embed(self, batch: ForwardBatch, table: Weight, scale: float, out: Array) -> None:
         _cpu.embed(batch.token_ids, table.handle, scale, out)

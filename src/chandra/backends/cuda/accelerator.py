@@ -18,29 +18,52 @@ from chandra.backends.cuda.driver import check_software, find_gpus
 from chandra.errors import BudgetExceeded, DeviceError
 from chandra.lazy import torch
 from chandra.memory.device import parse_size
-from chandra.ops.contracts import Fetch, Fetched, HostBytes
+from chandra.ops.contracts import Copied, Copy, HostBytes
 
 Ops = Callable[[], None]
 
 
 class _Copying:
-    """A copy that is under way on some stream.
+    """A copy that is under way on a stream of a GPU. What it meets there is raised by whatever asks the GPU next."""
 
-    Waiting blocks the host, which may then reuse its bytes. Computation and copies that were issued before go on
-    meanwhile, so that neither stream runs dry.
-    """
-
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self._event = event
+    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
+        self._event, self._device = event, device
 
     def wait(self) -> None:
-        self._event.synchronize()
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def done(self) -> None:
+        with guard(str(self._device)):
+            self._event.synchronize()
 
 
 def asked(message: str) -> int:
     """Bytes that torch could not allocate, by its message; 0 where it does not say."""
     found = re.search(r"Tried to allocate ([\d.]+ [KMG]iB)", message)
     return parse_size(found[1]) if found else 0
+
+
+@contextmanager
+def guard(device: str) -> Iterator[None]:
+    """Turn torch's and Triton's errors on a GPU into those a user can act on. `device`: as the plan names it."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        triton = said.startswith("Triton Error [CUDA]")
+        if isinstance(error, torch.OutOfMemoryError) or (triton and "out of memory" in said):
+            raise BudgetExceeded(
+                f"{device}: out of memory: {said}",
+                hint="raise the device's budget, or plan with a shorter context or a smaller format",
+                device=device,
+                nbytes=asked(str(error)),
+            ) from error
+        if triton or isinstance(error, torch.AcceleratorError):
+            raise DeviceError(
+                f"{device} is lost: {said}",
+                "load the model again; `nvidia-smi` shows whether the GPU still answers",
+            ) from error
+        raise
 
 
 class Accelerator:
@@ -59,15 +82,11 @@ class Accelerator:
         """Host memory of whole pages, from which copies are fast."""
         return np.frombuffer(mmap.mmap(-1, max(1, nbytes)), np.uint8)[:nbytes]
 
-    def copy(self, source: torch.Tensor, out: torch.Tensor) -> Fetch:
-        """Copy between host and device in the order of computation; the host does not wait for it."""
+    def copy(self, source: torch.Tensor, out: torch.Tensor, beside: bool = False) -> Copy:  # noqa: ARG002
+        """Begin a copy between host and device, after the computation that was issued before: in its order, or beside
+        what is issued from now on."""
         out.copy_(source)
-        return Fetched()
-
-    def fetch(self, host: torch.Tensor, out: torch.Tensor) -> Fetch:
-        """Copy beside computation, once that is done with `out`."""
-        out.copy_(host)
-        return Fetched()
+        return Copied()
 
     def settle(self) -> None:
         """Wait until everything issued is done."""
@@ -92,11 +111,6 @@ class Accelerator:
         """Let this process allocate so many bytes more of the device; call the result to take that back."""
         return lambda: None
 
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Turn torch's errors into those a user can act on."""
-        yield
-
 
 class CudaAccelerator(Accelerator):
     """A GPU. Raises DeviceError if it is not there or cannot be used."""
@@ -115,7 +129,7 @@ class CudaAccelerator(Accelerator):
         self.device = torch.device("cuda", index)
         self._before.setdefault(index, self.gpu.in_use())
         self.half = torch.bfloat16 if self.capability >= (8, 0) else torch.float16
-        with self.guard():
+        with guard(f"cuda:{index}"):
             torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # else blocks waste up to 2 MiB
             self.use()
             self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -132,18 +146,17 @@ class CudaAccelerator(Accelerator):
             weakref.finalize(buffer.base, cudart.cudaHostUnregister, address)
         return buffer
 
-    def copy(self, source: torch.Tensor, out: torch.Tensor) -> Fetch:
-        out.copy_(source, non_blocking=True)
-        return _Copying(torch.cuda.current_stream(self.device).record_event())
-
-    def fetch(self, host: torch.Tensor, out: torch.Tensor) -> Fetch:
-        self._copies.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._copies):
-            out.copy_(host, non_blocking=True)
-            return _Copying(self._copies.record_event())
+    def copy(self, source: torch.Tensor, out: torch.Tensor, beside: bool = False) -> Copy:
+        computing = torch.cuda.current_stream(self.device)
+        stream = self._copies if beside else computing
+        if beside:
+            stream.wait_stream(computing)
+        with torch.cuda.stream(stream):
+            out.copy_(source, non_blocking=True)
+            return _Copying(stream.record_event(), self.device)
 
     def settle(self) -> None:
-        with self.guard():
+        with guard(str(self.device)):
             torch.cuda.synchronize(self.device)
 
     def record(self, ops: Ops) -> Callable[[Ops], None]:
@@ -177,21 +190,3 @@ class CudaAccelerator(Accelerator):
         self._limits[index] = self._limits.get(index, 0) + nbytes
         allowed = max(0, self._limits[index] - self.context_bytes())
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / self.gpu.total), self.device)
-
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        name = f"cuda:{self.gpu.index}"
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise BudgetExceeded(
-                f"{name}: out of memory: {str(error).splitlines()[0]}",
-                hint="raise the device's budget, or plan with a shorter context or a smaller format",
-                device=name,
-                nbytes=asked(str(error)),
-            ) from error
-        except torch.AcceleratorError as error:
-            raise DeviceError(
-                f"{name} is lost: {str(error).splitlines()[0]}",
-                "load the model again; `nvidia-smi` shows whether the GPU still answers",
-            ) from error

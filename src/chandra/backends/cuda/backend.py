@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
 from chandra.backends.cuda import attention, fused, layouts, linear, moe
-from chandra.backends.cuda.accelerator import Accelerator, CudaAccelerator
+from chandra.backends.cuda.accelerator import Accelerator, CudaAccelerator, guard
 from chandra.backends.cuda.graphs import Graphs
 from chandra.backends.cuda.sizes import Scratch
 from chandra.backends.cuda.steps import StepArrays
@@ -26,8 +26,8 @@ from chandra.ops.contracts import (
     Array,
     AttentionParams,
     Backend,
+    Copy,
     Experts,
-    Fetch,
     ForwardBatch,
     HostBytes,
     IntArray,
@@ -80,7 +80,7 @@ class CudaBackend(Backend):
         """New memory. What was recorded may have had addresses of memory that this replaces."""
         self.arena.take(nbytes)
         try:
-            with self.accelerator.guard():
+            with guard(self.device.name):
                 memory = torch.empty(nbytes, dtype=torch.uint8, device=self.accelerator.device)
         except BaseException:
             self.arena.take(-nbytes)
@@ -97,11 +97,11 @@ class CudaBackend(Backend):
 
     def write(self, host: np.ndarray[Any, Any], out: Array) -> None:
         """Returns when the host array may change again."""
-        with self.accelerator.guard():
-            self.accelerator.copy(_tensor(host), out).wait()
+        with guard(self.device.name):
+            self.accelerator.copy(_tensor(host), out).done()
 
     def download(self, array: Array) -> np.ndarray[Any, Any]:
-        with self.accelerator.guard():
+        with guard(self.device.name):
             host: np.ndarray[Any, Any] = array.to("cpu", copy=True).numpy()
         return host
 
@@ -124,18 +124,24 @@ class CudaBackend(Backend):
     def host_buffer(self, nbytes: int) -> HostBytes:
         return self.accelerator.host_buffer(nbytes)
 
-    def fetch(self, host: HostBytes, out: Array) -> Fetch:
-        with self.accelerator.guard():
-            return self.accelerator.fetch(_tensor(host), out)
+    def fetch(self, host: np.ndarray[Any, Any], out: Array) -> Copy:
+        with guard(self.device.name):
+            return self.accelerator.copy(_tensor(host), out, beside=True)
+
+    def store(self, array: Array, host: np.ndarray[Any, Any]) -> Copy:
+        with guard(self.device.name):
+            return self.accelerator.copy(array, torch.from_numpy(host), beside=True)
 
     # ops
 
-    def step(self, segment: object, batch: ForwardBatch, tables: Sequence[KVTables], ops: Callable[[], None]) -> None:
-        with self.accelerator.guard():
+    def step(
+        self, segment: Hashable | None, batch: ForwardBatch, tables: Sequence[KVTables], ops: Callable[[], None]
+    ) -> None:
+        with guard(self.device.name):
             self.accelerator.use()
             self._steps.begin(batch, tables)
             here = self._steps.batch(batch)
-            if here.repeats:
+            if here.repeats and segment is not None:
                 self._graphs.run((segment, here.shape), ops)
             else:
                 ops()

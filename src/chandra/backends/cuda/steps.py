@@ -11,7 +11,7 @@ from chandra.backends.cuda.accelerator import Accelerator
 from chandra.backends.cuda.attention import Extent
 from chandra.backends.cuda.sizes import context_bucket
 from chandra.lazy import torch
-from chandra.ops.contracts import Fetch, Fetched, ForwardBatch, IntArray, KVTables
+from chandra.ops.contracts import Copied, Copy, ForwardBatch, IntArray, KVTables
 
 RECORDED = 32  # sequences of a step that is recorded, at most
 _ALIGNMENT = 4  # integers
@@ -65,7 +65,7 @@ class StepArrays:
         self._batch: ForwardBatch | None = None
         self._on_device: DeviceBatch | None = None
         self._tables: list[tuple[KVTables, DeviceTables]] = []
-        self._copied: Fetch = Fetched()
+        self._copied: Copy = Copied()
         self._allocate(capacity)
 
     def _allocate(self, capacity: int) -> None:
@@ -83,7 +83,7 @@ class StepArrays:
         total = sum(_padded(array.size) for array in arrays)
         if total > len(self._host):
             self._allocate(2 * total)
-        self._copied.wait()  # the last step's integers came out of the same host memory
+        self._copied.done()  # the last step's integers came out of the same host memory
         views, start = [], 0
         for array in arrays:
             self._host[start : start + array.size] = array.reshape(-1)

@@ -23,8 +23,8 @@ from chandra.ops.contracts import (
     Activation,
     Array,
     AttentionParams,
+    Copy,
     Experts,
-    Fetch,
     ForwardBatch,
     HostBytes,
     IntArray,
@@ -61,7 +61,7 @@ class _Pace:
 
 
 @dataclass(frozen=True)
-class _Fetch:
+class _Copy:
     """A copy in the thread that stands for the device's copy engine."""
 
     copy: Future[None]
@@ -69,10 +69,12 @@ class _Fetch:
     def wait(self) -> None:
         self.copy.result()
 
+    done = wait
 
-def _copy(link: _Pace, host: HostBytes, out: Array, began: float) -> None:
-    with link.over(host.nbytes, began):
-        out[...] = host
+
+def _copy(link: _Pace, source: Array, out: Array, began: float) -> None:
+    with link.over(source.nbytes, began):
+        out[...] = source
 
 
 class VirtualBackend(CpuBackend):
@@ -128,8 +130,11 @@ class VirtualBackend(CpuBackend):
         weakref.finalize(loaded, self.arena.take, -loaded.nbytes)
         return loaded
 
-    def fetch(self, host: HostBytes, out: Array) -> Fetch:
-        return _Fetch(self._copies.submit(_copy, self._link, host, out, time.perf_counter()))
+    def fetch(self, host: np.ndarray[Any, Any], out: Array) -> Copy:
+        return _Copy(self._copies.submit(_copy, self._link, host, out, time.perf_counter()))
+
+    def store(self, array: Array, host: np.ndarray[Any, Any]) -> Copy:
+        return self.fetch(array, host)
 
     def embed(self, batch: ForwardBatch, table: Weight, scale: float, out: Array) -> None:
         with self._memory.over(out.nbytes):
