@@ -12,6 +12,17 @@ Placement = Literal["resident", "host", "stream", "disk"]
 Objective = Literal["quality", "latency", "throughput"]
 
 
+def spread(count: int, among: int) -> tuple[int, ...]:
+    """Which `count` of `among` layers are brought from elsewhere, so that the others lie evenly between them: what
+    brings weights works while layers compute, and has little time to do so ahead. First and last are among them, for
+    other work (the head, other devices) lies between the last layer and the first one of the next step.
+
+    Used by the planner, and by who moves layers at run time.
+    """
+    gaps = max(count - 1, 1)
+    return tuple((2 * i * (among - 1) + gaps) // (2 * gaps) for i in range(count))
+
+
 @dataclass(frozen=True)
 class Workload:
     """What the model will be asked to do. `context`: tokens of one sequence, prompt and answer; `parallel`: sequences

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from chandra.kvcache.layout import group_layers
 from chandra.kvcache.swap import swap_slots
@@ -14,7 +14,7 @@ from chandra.memory.ledger import Kind
 from chandra.memory.plan import Part, Placement, Plan, Prediction, Speed
 from chandra.models.pipeline import MOST
 from chandra.planner.candidate import BLOCK_SIZE, HOP, HOST, Candidate
-from chandra.planner.cost import crossover_tokens
+from chandra.planner.cost import SLOTS, crossover_tokens, waiting
 from chandra.planner.kernels import repacking
 from chandra.planner.planner import Found
 
@@ -99,15 +99,16 @@ def _parts(found: Found) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     """Layers, and experts that lie apart from them."""
     candidate, split, offload = found.candidate, found.split, found.offload
     owner = [device for device, count in zip(split.order, split.counts, strict=True) for _ in range(count)]
+    device = offload.first or HOST if offload else ""
+    owner = [device] * split.off + owner
+    end = split.off + split.counts[0] if offload and offload.first else split.off
+    moved, read = offload.moved(split.off, end) if offload else ((), ())
     layers, experts = [], []
-    for index in range(candidate.num_layers):
-        label = f"layers.{index}"
-        if offload is None or index >= split.off:
-            device = owner[index - split.off]
+    for index, device in enumerate(owner):
+        label, on_disk = f"layers.{index}", index in read
+        if offload is None or index not in moved:
             layers.append(Part(label, _at(device), device, candidate.pieces(device).layer(index)))
             continue
-        on_disk = index < offload.disk_layers
-        device = offload.first or HOST
         if offload.mode == "experts":
             layers.append(Part(label, "resident", device, candidate.pieces(device).dense[index]))
             nbytes = (candidate.sizes.packed if on_disk else candidate.sizes.host).experts[index]
@@ -119,20 +120,16 @@ def _parts(found: Found) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     return tuple(layers), tuple(experts)
 
 
-def _places(parts: Sequence[Part]) -> dict[str, str]:
-    return {part.name: part.placement for part in parts}
-
-
 def _loading(candidate: Candidate, parts: Sequence[Part], predictions: Sequence[Prediction]) -> int:
     """Bytes of the host at the highest while loading: the process, staging buffers, weights so far, a tensor."""
     before = sum(p.nbytes for p in predictions if p.device == HOST and p.kind in (Kind.RUNTIME, Kind.STAGING))
-    return before - repacking(parts) + candidate.sizes.loading(_places(parts))[1]
+    return before - repacking(parts) + candidate.sizes.loading({part.name: part.placement for part in parts})[1]
 
 
 def _predictions(found: Found, parts: Sequence[Part], layers: Sequence[Part], groups: int) -> tuple[Prediction, ...]:
     candidate = found.candidate
     need: dict[tuple[str, Kind], int] = defaultdict(int)
-    need[HOST, Kind.LOADING] = candidate.sizes.loading(_places(parts))[0]
+    need[HOST, Kind.LOADING] = candidate.sizes.loading({part.name: part.placement for part in parts})[0]
     need[HOST, Kind.STAGING] = repacking(parts) + candidate.outer_staging()
     for part in parts:
         mapped = part.name == "embedding" and part.placement == "host" and candidate.sizes.mapped
@@ -140,11 +137,8 @@ def _predictions(found: Found, parts: Sequence[Part], layers: Sequence[Part], gr
         need[part.device, Kind.PAGE_CACHE if mapped else Kind.WEIGHTS] += kept
         if part.placement == "stream":
             need[HOST, Kind.WEIGHTS] += part.nbytes - kept
-    if found.offload is not None:
-        device = found.offload.first or HOST
-        staging = candidate.staging(found.offload.mode, device, found.offload.disk_layers, found.split.off)
-        for where, nbytes in zip((device, HOST), staging, strict=True):
-            need[where, Kind.STAGING] += nbytes
+    for where, nbytes in _staging(candidate, parts).items():
+        need[where, Kind.STAGING] += nbytes
     for part, nbytes in zip(layers, candidate.kv_need, strict=True):
         need[part.device, Kind.KV] += int(nbytes)
     need[HOST, Kind.WORKSPACE] = candidate.host_workspace((part.device for part in parts), groups)
@@ -155,6 +149,28 @@ def _predictions(found: Found, parts: Sequence[Part], layers: Sequence[Part], gr
             need[device, Kind.WORKSPACE] += candidate.workspace(device, device == parts[-1].device, held)
         need[device, Kind.RUNTIME] += candidate.runtime(device)
     return tuple(Prediction(d, k, n) for (d, k), n in sorted(need.items()) if n)
+
+
+def _staging(candidate: Candidate, parts: Sequence[Part]) -> dict[str, int]:
+    """Bytes of each device for what is brought to it for each step."""
+    brought: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for part in parts:
+        _, _, index = part.name.partition("layers.")
+        if index and part.placement in ("stream", "disk"):
+            number, _, experts = index.partition(".")
+            pieces = candidate.sizes.packed if part.device == HOST else candidate.pieces(part.device)
+            sizes = pieces.streamed_experts if experts else pieces.streamed
+            brought[part.placement, part.device].append(int(sizes[int(number)]))
+    need: dict[str, int] = defaultdict(int)
+    for (placement, device), nbytes in brought.items():
+        if device == HOST:
+            need[HOST] += min(SLOTS, len(nbytes)) * max(nbytes)
+        elif placement == "stream":
+            need[device] += SLOTS * max(nbytes)
+        else:
+            need[device] += max(nbytes)
+            need[HOST] += SLOTS * max(nbytes)
+    return need
 
 
 def _graphs(predictions: Sequence[Prediction], devices: Sequence[Device], reserve: int) -> tuple[Prediction, ...]:
@@ -168,23 +184,29 @@ def _speed(
     candidate: Candidate, layers: Sequence[Part], experts: Sequence[Part], head_device: str, micro_rows: int
 ) -> Speed:
     machine, w = candidate.machine, candidate.workload
-    apart = {int(part.name.split(".")[1]) for part in experts}
+    apart = {int(part.name.split(".")[1]): part for part in experts}
     places = [part.device for part in layers] + [head_device]
     hops = sum(a != b for a, b in pairwise(places))
-    stages = [(part.placement, part.device, i in apart) for i, part in enumerate(layers)]
+    stages = [(apart.get(i, part).placement, part.device, i in apart) for i, part in enumerate(layers)]
 
     def step(rows: int, sequences: int, context: float) -> float:
         """All stages take a part of the step one after another, the slowest one the others as well."""
         parts = max(1, min(MOST, rows // micro_rows)) if micro_rows else 1
         each = {}
         for placement, device, split in set(stages):
-            batch = rows // parts, -(-sequences // parts), context
-            each[placement, device, split] = candidate.step_seconds(placement, device, *batch, split)
+            seconds = candidate.step_seconds(device, rows // parts, -(-sequences // parts), context, split)
+            reader = HOST if split else device
+            before, beside = candidate.bringing(placement, reader)
+            brought = candidate.brought(reader, rows, split)
+            each[placement, device, split] = seconds + before * brought, beside * brought
         of_device: dict[str, float] = defaultdict(float)
+        layers = []
         for i, stage in enumerate(stages):
-            of_device[stage[1]] += float(each[stage][i])
-        seconds = sum(of_device.values()) + (parts - 1) * max(of_device.values())
-        return seconds + candidate.head_step(head_device, sequences) + hops * parts * HOP
+            busy, beside = (float(seconds[i]) for seconds in each[stage])
+            of_device[stage[1]] += busy
+            layers.append((f"{stage[0]} {stage[1]}", busy, beside))
+        rest = candidate.head_step(head_device, sequences) + hops * parts * HOP
+        return sum(of_device.values()) + (parts - 1) * max(of_device.values()) + rest + waiting(layers, rest)
 
     chunks, rest = divmod(w.prompt, candidate.chunk)
     first = sum(step(candidate.chunk, 1, (i + 1) * candidate.chunk) for i in range(chunks))
@@ -201,28 +223,28 @@ def _speed(
     )
 
 
-def runs_of(layers: Sequence[Part]) -> list[tuple[Part, int, int]]:
-    """Consecutive layers of one placement and device: (the first part, first layer, last layer)."""
-    runs: list[tuple[Part, int, int]] = []
-    for index, part in enumerate(layers):
-        if runs and (runs[-1][0].placement, runs[-1][0].device) == (part.placement, part.device):
-            runs[-1] = (runs[-1][0], runs[-1][1], index)
-        else:
-            runs.append((part, index, index))
-    return runs
+def _places(layers: Sequence[Part]) -> Iterator[str]:
+    """Where runs of layers lie, in words."""
+    start = 0
+    for device, group in groupby(layers, lambda part: part.device):
+        run = list(group)
+        text = f"layers {start}-{start + len(run) - 1} on {'the CPU' if device == HOST else device}"
+        for placement, how in (("stream", "in host memory, copied there for each step"), ("disk", "read from disk")):
+            count = sum(part.placement == placement for part in run)
+            text += f", {count if count < len(run) else 'all'} of them {how}" if count else ""
+        yield text
+        start += len(run)
 
 
 def _decisions(found: Found, layers: Sequence[Part], experts: Sequence[Part], head: Part) -> tuple[str, ...]:
     """Why it is so, in words."""
     candidate, machine = found.candidate, found.candidate.machine
     sizes, w = candidate.sizes, candidate.workload
-    where = {"resident": "on {}", "host": "on the CPU", "stream": "in host memory, copied to {} for each step"}
-    places = [
-        f"layers {a}-{b} {where.get(part.placement, 'on disk').format(part.device)}" for part, a, b in runs_of(layers)
-    ]
+    where = {"resident": f"on {head.device}", "host": "on the CPU", "disk": "on disk"}
+    places = list(_places(layers))
     if experts:
         places.append(f"the experts of {len(experts)} layers on the CPU")
-    places.append(f"head {where.get(head.placement, 'on disk').format(head.device)}")
+    places.append(f"head {where[head.placement]}")
     out = [
         f"weights as {sizes.label}: {format_size(sizes.packed.total)}, {sizes.bits_per_weight:.2f} bits per weight"
         + (", converted while loading" if sizes.convert else ""),

@@ -15,16 +15,15 @@ from chandra.memory.plan import Part, Placement, Workload
 from chandra.models.decoder import FLOAT, workspace_bytes
 from chandra.models.rope import rope_bytes
 from chandra.models.weight_stream import lookup_bytes, piece_rows
-from chandra.planner.cost import Machine, Rate
+from chandra.planner.cost import SLOTS, Machine, Rate
 from chandra.planner.kernels import Limits, host_workspace
-from chandra.planner.placement import Floats, Mode, Offload, Tier
+from chandra.planner.placement import Floats, Mode, Offload, Tier, disk_sums, sums
 from chandra.planner.sizes import ModelSizes, Pieces, PlannableModel
 
 BLOCK_SIZE = 16
 ANSWER = 256  # tokens of the answer that plans are compared with
 HOST = "cpu"
 TORCH = 200 << 20  # bytes that the process grows by when it imports torch
-SLOTS = 2  # layers that a stream holds at a time
 HOP = 2e-5  # seconds to hand the hidden state to the next device
 
 Number = float | np.ndarray[Any, np.dtype[Any]]
@@ -94,18 +93,16 @@ class Candidate:
         """The least seconds per byte of any layer on a device; on the host, however it is offloaded."""
         key = ("least", device)
         if key not in self._cache:
-            seconds = self.request_seconds("resident", device)
-            for gpu in gpus if device == HOST else ():
-                seconds = np.minimum(seconds, self.request_seconds("stream", gpu.name))
-                if any(self.sizes.packed.experts):
-                    seconds = np.minimum(seconds, self.request_seconds("resident", gpu.name, apart=True))
+            seconds = self.request_seconds(device)
+            for gpu in gpus if device == HOST and any(self.sizes.packed.experts) else ():
+                seconds = np.minimum(seconds, self.request_seconds(gpu.name, apart=True))
             self._cache[key] = float((seconds / self.least_need).min())
         return cast(float, self._cache[key])
 
     def layer_seconds(self, device: str) -> float:
         """Seconds of all layers on a device."""
         if ("all", device) not in self._cache:
-            self._cache["all", device] = float(self.request_seconds("resident", device).sum())
+            self._cache["all", device] = float(self.request_seconds(device).sum())
         return cast(float, self._cache["all", device])
 
     def workspace(self, device: str, head: bool, layers: Sequence[int] | None = None) -> int:
@@ -136,16 +133,13 @@ class Candidate:
         return self.model.known[key]
 
     def step_seconds(
-        self, placement: Placement, device: str, rows: int, sequences: int, context: float, apart: bool = False
+        self, device: str, rows: Number, sequences: Number, context: Number, apart: bool = False
     ) -> Floats:
-        """Seconds of each layer in a step of `rows` tokens of `sequences` sequences that are `context` long.
+        """Seconds of each layer whose weights are at hand in a step of `rows` tokens of `sequences` sequences that are
+        `context` long: `(layers,)`, or a row of them for each row of the inputs.
 
         `device` computes it; with `apart` the CPU computes the experts.
         """
-        return self._copied(placement, device, self._compute(device, rows, sequences, context, apart))
-
-    def _compute(self, device: str, rows: Number, sequences: Number, context: Number, apart: bool) -> Floats:
-        """Seconds of each layer whose weights are at hand, `(layers,)`, or a row of them for each row of the inputs."""
         sizes, rate, host, profile = self.sizes, self.rate(device), self.rate(HOST), self.machine.of(device)
         _, _, windows, heads = self.model.attention
         seen = np.minimum(context, windows)
@@ -170,22 +164,19 @@ class Candidate:
         compute = np.maximum(read / rate.bandwidth, (macs + expert_macs) / rate.macs)
         return cast(Floats, compute + profile.layer_overhead + elsewhere)
 
-    def _copied(self, placement: Placement, device: str, seconds: Floats) -> Floats:
-        """Copies for each step run beside the computation: the longer of both counts. The CPU makes of what is on disk
-        what its kernels want before it computes; for other devices the thread that reads does that. Pages that the
-        system still has take the CPU's own time to bring in."""
-        if placement not in ("stream", "disk"):
-            return seconds
-        streamed, link = self.pieces(device).streamed, self.machine.of(device).link
-        copying = streamed / link if link is not None else 0.0
-        if placement == "stream":
-            return np.maximum(seconds, copying)
-        packed = self.sizes.packed.streamed
+    def bringing(self, placement: Placement, device: str) -> tuple[float, float]:
+        """Seconds, for each streamed byte in the layout of the device, that a step takes to bring it there: before the
+        layer computes, and beside what is computed. The CPU makes of what is on disk what its kernels want before it
+        computes; for other devices the thread that reads does that. Pages that the system still has take the CPU's
+        own time to bring in."""
+        copying = 1 / (self.machine.of(device).link or np.inf)
+        if placement != "disk":
+            return 0.0, copying if placement == "stream" else 0.0
+        packed = self.sizes.packed.streamed.sum() / self.pieces(device).streamed.sum()
         reading, making = packed / self.machine.disk_rate(self.sizes.stored), packed / self.rate(HOST).mapped
-        if device == HOST:
-            computing = seconds + making
-            return reading + computing if self.machine.in_cache(self.sizes.stored) else np.maximum(reading, computing)
-        return np.maximum(reading + making, seconds + copying)
+        if device != HOST:
+            return copying, reading + making
+        return (reading + making, 0.0) if self.machine.in_cache(self.sizes.stored) else (making, reading)
 
     def micro_rows(self, devices: Iterable[str]) -> int:
         """Rows from which on a step takes each of the devices longer the more rows it has, doubled: parts of a step
@@ -197,19 +188,21 @@ class Candidate:
         values = self.sizes.bits_per_weight / 8
         return 16 * max(1, *(int(2 * self.rate(d).macs * values / self.rate(d).bandwidth / 16) + 1 for d in used))
 
-    def request_seconds(self, placement: Placement, device: str, apart: bool = False) -> Floats:
-        """Seconds each layer takes for one request (prompt and answer), with `parallel` of them sharing a step."""
-        key = (placement, device, apart)
+    @property
+    def steps(self) -> tuple[int, float]:
+        """Steps of one request: those of the prompt, and its share of those of the answer."""
+        return -(-self.workload.prompt // self.chunk), ANSWER / self.workload.parallel
+
+    def request_seconds(self, device: str, apart: bool = False) -> Floats:
+        """Seconds each layer takes for one request (prompt and answer), with `parallel` of them sharing a step, its
+        weights at hand."""
+        key = (device, apart)
         if key not in self._cache:
             w = self.workload
-            computed = self._cache.get((device, apart))
-            if computed is None:  # of a chunk of the prompt, and of a step of the answer
-                rows, sequences = [[min(self.chunk, w.prompt)], [w.parallel]], [[1], [w.parallel]]
-                contexts = [[w.prompt / 2], [self.typical_context]]
-                computed = self._compute(device, np.array(rows), np.array(sequences), np.array(contexts), apart)
-                self._cache[device, apart] = computed
-            prompt, step = self._copied(placement, device, computed)
-            self._cache[key] = -(-w.prompt // self.chunk) * prompt + ANSWER / w.parallel * step
+            rows, sequences = [[min(self.chunk, w.prompt)], [w.parallel]], [[1], [w.parallel]]
+            contexts = [[w.prompt / 2], [self.typical_context]]
+            computed = self.step_seconds(device, np.array(rows), np.array(sequences), np.array(contexts), apart)
+            self._cache[key] = np.array(self.steps) @ computed
         return cast(Floats, self._cache[key])
 
     @property
@@ -230,11 +223,6 @@ class Candidate:
         pieces = self.sizes.packed
         return pieces.embedding if self.sizes.tied else pieces.head - pieces.small_head
 
-    @property
-    def left(self) -> tuple[str, ...]:
-        """Parts outside the layers that are not loaded."""
-        return ("embedding", "head") if self.outer_on_disk else ()
-
     def outer_staging(self) -> int:
         """Bytes of the host for pieces of the head that pass, their logits, and rows looked up in the file."""
         if not self.outer_on_disk:
@@ -245,8 +233,7 @@ class Candidate:
 
     def head_seconds(self, device: str) -> float:
         """Seconds the head takes for one request."""
-        parallel = self.workload.parallel
-        return self.head_step(device, 1) + ANSWER / parallel * self.head_step(device, parallel)
+        return self.head_step(device, 1) + self.steps[1] * self.head_step(device, self.workload.parallel)
 
     def outer_weights(self, device: str, head: bool) -> int:
         """Bytes of embedding and head on a device. The embedding lies on the host, unless it is the head as well."""
@@ -274,34 +261,72 @@ class Candidate:
     def tier(self, device: Device, head: bool, room: float, allowed: Sequence[bool]) -> Tier:
         """The device as a place for layers. `room`: bytes left for them."""
         need = np.where(allowed, self.weights(device.name) + self.kv_need, np.inf)
-        seconds = self.request_seconds("resident", device.name)
+        seconds = self.request_seconds(device.name)
         return Tier(device.name, room, seconds, need, self.head_seconds(device.name) if head else 0.0)
 
     def offload(self, mode: Mode, gpu: str | None, disk_layers: int) -> Offload:
-        """Offloading the first layers in one of the modes; the first `disk_layers` of them are read from disk.
+        """Offloading in one of the modes; `disk_layers` of what is offloaded are read from disk.
 
         `gpu`: the device that computes what the CPU does not; None: the CPU computes beside GPUs; "cpu": there is no
-        other device, so that what is not on disk shares the room of the layers that follow.
+        other device, so that all that is offloaded is on disk.
         """
-        on_disk = np.arange(self.num_layers) < disk_layers
-        device, zeros = gpu or HOST, np.zeros(self.num_layers)
-        pieces, host = self.pieces(device), self.sizes.host
-        seconds = self.request_seconds("stream" if mode == "stream" else "host", device, mode == "experts")
-        if disk_layers:
-            seconds = np.where(on_disk, self.request_seconds("disk", device, mode == "experts"), seconds)
-        on_device, read = self.staging(mode, device, disk_layers)
-        if mode == "stream":
-            first_need, host_need = self.kv_need + pieces.small, np.where(on_disk, 0.0, pieces.streamed)
-        elif mode == "experts":
-            first_need = self.kv_need + pieces.dense
-            host_need = np.where(on_disk, host.small_experts, np.array(host.experts, np.float64))
-        else:
-            need = np.where(on_disk, host.small, host.layers) + self.kv_need
-            first_need, host_need = (need, zeros) if gpu == HOST else (zeros, need)
-        first = float(read if gpu == HOST else on_device)
+        if mode == "stream" or gpu == HOST:
+            return self._brought(mode, gpu or HOST, disk_layers)
+        experts, packed, host = mode == "experts", self.sizes.packed, self.sizes.host
+
+        def on_disk(values: Floats) -> Floats:
+            return disk_sums(values, disk_layers, in_run=False) if disk_layers else np.zeros(1)
+
+        off = np.arange(self.num_layers + 1)
+        streamed = packed.streamed_experts if experts else packed.streamed
+        staging = np.minimum(min(SLOTS, disk_layers), off) * _largest(streamed)
+        before, beside = self.bringing("disk", HOST)
+        reading = on_disk(self._request_bytes(HOST, experts))
+        seconds = np.maximum(sums(self.request_seconds(gpu or HOST, experts)) + before * reading, beside * reading)
+        if gpu is None:
+            need = sums(self.weights(HOST) + self.kv_need) - on_disk(host.streamed) + staging
+            return Offload(mode, gpu, disk_layers, seconds, np.zeros(1), need, on_disk(packed.layers))
+        resident, kept = sums(self.request_seconds(gpu)), sums(self.weights(gpu) + self.kv_need)
+        first_need = (sums(self.pieces(gpu).dense + self.kv_need) - kept)[:, None] + kept
+        need = sums(host.experts_array) - on_disk(host.streamed_experts) + staging
+        read = on_disk(packed.experts_array)
         return Offload(
-            mode, gpu, disk_layers, seconds, first_need, host_need, first, 0.0 if gpu == HOST else float(read)
+            mode, gpu, disk_layers, (seconds - resident)[:, None] + resident, first_need, need[:, None], read[:, None]
         )
+
+    def _brought(self, mode: Mode, device: str, disk_layers: int) -> Offload:
+        """Layers brought to their device for each step, spread through its run: copied, or read from disk."""
+
+        def on_disk(values: Floats) -> Floats:
+            return disk_sums(values, disk_layers, in_run=True) if disk_layers else np.zeros(1)
+
+        pieces, off = self.pieces(device), np.arange(self.num_layers + 1)[:, None]
+        moved, read = pieces.spread, on_disk(pieces.streamed)
+        before, beside = self.bringing("disk", device)
+        reading = on_disk(self._request_bytes(device))
+        seconds = np.maximum(sums(self.request_seconds(device)) + before * reading, beside * reading)
+        seconds = np.maximum(seconds, sum(self.steps) * self.bringing("stream", device)[1] * (moved - read))
+        seconds = np.where((off > 0) & (off <= SLOTS), np.inf, seconds)  # they would never leave their slots
+        kept, disk_need = sums(self.weights(device) + self.kv_need) - moved, on_disk(self.sizes.packed.layers)
+        if device == HOST:
+            need = kept + np.minimum(SLOTS, off) * _largest(self.sizes.packed.streamed)
+            return Offload(mode, device, disk_layers, seconds, need, np.zeros(1), disk_need)
+        largest, reads = _largest(pieces.streamed), np.minimum(off, disk_layers) > 0
+        need = kept + (reads + SLOTS * (off > disk_layers)) * largest
+        return Offload(mode, device, disk_layers, seconds, need, moved - read + SLOTS * reads * largest, disk_need)
+
+    def brought(self, device: str, rows: Number, experts: bool = False) -> Floats:
+        """Bytes of each layer, or of its `experts`, that a step of so many rows brings to a device, in its layout. The
+        CPU reads no experts that the rows do not use."""
+        pieces = self.pieces(device)
+        used = 1 - self.sizes.per_layer.idle**rows if device == HOST else 1.0
+        dense = 0.0 if experts else pieces.streamed - pieces.streamed_experts
+        return cast(Floats, dense + used * pieces.streamed_experts)
+
+    def _request_bytes(self, device: str, experts: bool = False) -> Floats:
+        """Those of all steps of one request."""
+        rows = np.array([[min(self.chunk, self.workload.prompt)], [self.workload.parallel]])
+        return np.array(self.steps) @ np.broadcast_to(self.brought(device, rows, experts), (2, self.num_layers))
 
     def small(self, part: Part) -> int:
         """Bytes of a part that is streamed or on disk that lie where it is computed nevertheless."""
@@ -311,15 +336,7 @@ class Candidate:
         _, index, *experts = part.name.split(".")
         return int((pieces.small_experts if experts else pieces.small)[int(index)])
 
-    def staging(self, mode: Mode, device: str, disk_layers: int, off: int | None = None) -> tuple[int, int]:
-        """Bytes of staging on the device and on the host, if the first `off` layers are offloaded (None: all) and the
-        first `disk_layers` of them are read from disk."""
-        off = self.num_layers if off is None else off
-        disk_layers = min(off, disk_layers)
-        if mode == "stream":
-            sizes = self.pieces(device).streamed
-            read, copied = sizes[:disk_layers].max(initial=0), sizes[disk_layers:off].max(initial=0)
-            return int(read + SLOTS * copied), int(SLOTS * read)
-        packed = self.sizes.packed
-        sizes = (packed.streamed_experts if mode == "experts" else packed.streamed)[:disk_layers]
-        return 0, int(min(SLOTS, disk_layers) * sizes.max(initial=0))
+
+def _largest(sizes: Floats) -> Floats:
+    """[i]: the largest of the first i."""
+    return np.maximum.accumulate(np.append(0.0, sizes))

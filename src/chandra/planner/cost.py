@@ -14,6 +14,7 @@ from chandra.memory.device import Device
 from chandra.quant import get_format
 
 ASSUMED_BANDWIDTH, ASSUMED_LINK = 300e9, 12e9  # bytes/s of a GPU nothing is known of
+SLOTS = 2  # layers that a stream holds at a time
 GPU_RUNTIME = 400 << 20  # bytes of a CUDA context and its libraries, loaded lazily
 
 
@@ -114,6 +115,31 @@ def machine_with(host: Machine, devices: Sequence[Device]) -> Machine:
             rate = Rate(0.8 * bandwidth, 27 * bandwidth)
             profiles[device.name] = Profile((("F16", rate),), 4e-6, link, GPU_RUNTIME)
     return replace(host, profiles=profiles)
+
+
+def waiting(layers: Sequence[tuple[str, float, float]], rest: float) -> float:
+    """Seconds that a step waits for weights that are brought beside the computation, step after step.
+
+    `layers`: of each layer, in order, the way that its weights come by, seconds until it has computed once they are
+    there, and seconds that they need on that way: 0 for what is there. Things come one at a time by each way, ahead, to
+    one of SLOTS places, each of which is free again once its layer has computed. `rest`: seconds of a step besides.
+    """
+    clock = waited = 0.0
+    arrived: dict[str, float] = {}
+    done: dict[str, list[float]] = {}
+    for _ in range(3):  # until it is the same in every step
+        waited = 0.0
+        for way, busy, bringing in layers:
+            if bringing:
+                places = done.setdefault(way, [0.0] * SLOTS)
+                arrived[way] = max(arrived.get(way, 0.0), places.pop(0)) + bringing
+                wait = max(0.0, arrived[way] - clock)
+                clock, waited = clock + wait + busy, waited + wait
+                places.append(clock)
+            else:
+                clock += busy
+        clock += rest
+    return waited
 
 
 def crossover_tokens(host: Rate, link: float | None, bytes_per_value: float) -> int:

@@ -15,7 +15,7 @@ from chandra.memory.plan import Objective, Workload
 from chandra.planner.candidate import HOP, HOST, Candidate
 from chandra.planner.cost import Machine
 from chandra.planner.kernels import PIECE
-from chandra.planner.placement import Floats, Mode, Offload, Split, Splitter, least_cost, stage_bounds
+from chandra.planner.placement import BALANCE, Floats, Mode, Offload, Place, Split, Splitter, least_cost, stage_bounds
 from chandra.planner.sizes import ModelSizes, PlannableModel
 
 CONTEXTS = (8192, 4096, 2048, 1024, 512)  # tried when the user names none
@@ -25,6 +25,7 @@ CHUNKS = (512, 128, 32)
 PARALLEL = (1, 2, 4, 8, 16, 32)
 SEQUENCES = 8  # shorter ones share the cache of `parallel` long ones, up to so many
 DISK_STEPS = 16
+_INF = float("inf")
 
 # 0: everything on the GPUs (or, without any, in host memory); 1: the rest in host memory; 2: and on disk; 3: without
 # GPUs, embedding and head on disk as well
@@ -133,7 +134,7 @@ def search(model: PlannableModel, devices: Sequence[Device], machine: Machine, c
                 break
             splitter = site.splitter(least)
             for offload in site.offloads(c, splitter):
-                split = splitter.best(offload, site.room[HOST], least - site.head_seconds)
+                split = splitter.best(offload, site.room[HOST], c.disk - site.outer, least - site.head_seconds)
                 if split is not None:
                     least = split.cost + site.head_seconds
                     best = Found(site.candidate, split, offload, site.head.name, (*rank, least))
@@ -196,6 +197,12 @@ class _Site:
     def gpus(self) -> list[Device]:
         return [device for device in self.devices if device.name != HOST]
 
+    @property
+    def outer(self) -> int:
+        """Bytes outside the layers that are read from disk."""
+        pieces = self.candidate.sizes.packed
+        return pieces.embedding + pieces.head if self.candidate.outer_on_disk else 0
+
     @cached_property
     def head_seconds(self) -> float:
         return self.candidate.head_seconds(self.head.name)
@@ -203,18 +210,35 @@ class _Site:
     @cached_property
     def floors(self) -> tuple[Floats, Floats]:
         """Bounds on the slowest stage, and for each of them a cost that no placement can be below."""
-        candidate, stages, places = self.candidate, [], []
+        candidate, stages = self.candidate, []
+        places: list[Place] = []
         for device in self.devices:
             rate, room = candidate.least_rate(device.name, self.gpus), self.room[device.name]
             fixed = self.head_seconds if device is self.head else 0.0
             if device.name != HOST or self.hosted:
                 stages.append((candidate.layer_seconds(device.name), fixed))
             if device.name == HOST and self.spill:
-                places.append((rate, float("inf"), float("-inf")))
+                places.append((rate, _INF, -_INF))
             elif device.name != HOST or self.hosted:
                 places.append((rate, room, fixed))
-        bounds = stage_bounds(stages)
-        return bounds, least_cost(float(candidate.least_need.sum()), places, bounds) + self.head_seconds
+        bounds, total = stage_bounds(stages), float(candidate.least_need.sum())
+        cost = least_cost(total, places, bounds)
+        if self.spill and self.gpus:
+            cost = np.minimum(cost, self._streamed_floor(total, [p for p in places if p[1] < _INF], bounds))
+        return bounds, cost + self.head_seconds
+
+    def _streamed_floor(self, total: float, places: list[Place], bounds: Floats) -> Floats:
+        """The same where a device streams layers: it computes any number of them, and what has no room on GPUs comes
+        over its link."""
+        floors = []
+        for first in set(places):
+            (rate, *_), others = first, places.copy()
+            others.remove(first)
+            slowest = rate * (1 + BALANCE), _INF, -_INF  # beyond the bound, which it raises
+            floors.append(least_cost(total, [*others, (rate, _INF, 0.0), slowest], bounds))
+        link = min(self.candidate.bringing("stream", gpu.name)[1] for gpu in self.gpus) * sum(self.candidate.steps)
+        excess = max(0.0, total - sum(room for _, room, _ in places))
+        return np.maximum(np.minimum.reduce(floors), least_cost(excess, [(link, _INF, -_INF)], bounds))
 
     @cached_property
     def floor(self) -> float:
@@ -229,30 +253,22 @@ class _Site:
 
     def offloads(self, c: Constraints, splitter: Splitter) -> Iterator[Offload | None]:
         """Ways to hold what does not lie on a device. The user's own ranges leave nothing to offload."""
-        candidate = self.candidate
-        outer = candidate.sizes.packed.embedding + candidate.sizes.packed.head if self.spill == 3 else 0
-        if self.spill < 2 or 0 < outer <= c.disk:
+        candidate, count = self.candidate, self.candidate.num_layers
+        if self.spill < 2 or 0 < self.outer <= c.disk:
             yield None
         if not self.spill or c.layers:
             return
-        steps = [0]
-        if self.spill >= 2:
-            count, sums = candidate.num_layers, np.cumsum(candidate.sizes.packed.layers)
-            steps = sorted({-(-count * step // DISK_STEPS) for step in range(1, DISK_STEPS + 1)})
-            steps = [n for n in steps if sums[n - 1] + outer <= c.disk]
         if not self.gpus:
-            yield from (candidate.offload("host", HOST, n) for n in steps)
+            yield candidate.offload("host", HOST, count)
             return
-        for n in steps:
-            on_cpu = candidate.offload("host", None, n)
+        for n in (
+            sorted({-(-count * step // DISK_STEPS) for step in range(1, DISK_STEPS + 1)}) if self.spill > 1 else [0]
+        ):
             if "host" in c.modes:
-                yield on_cpu
-            roomy = "host" in c.modes and on_cpu.host_need.sum() + on_cpu.fixed_host <= self.room[HOST]
+                yield candidate.offload("host", None, n)
             for name in splitter.firsts():
                 if "stream" in c.modes:
-                    streamed = candidate.offload("stream", name, n)
-                    if not (roomy and (streamed.seconds >= on_cpu.seconds).all()):  # else it cannot win
-                        yield streamed
+                    yield candidate.offload("stream", name, n)
                 if "experts" in c.modes and any(candidate.sizes.packed.experts):
                     yield candidate.offload("experts", name, n)
 
@@ -294,9 +310,10 @@ def _sites(
 def _loading(candidate: Candidate, devices: Sequence[Device], disk: bool, steps: int) -> int:
     """Bytes of the host that loading may need beyond those of all that will be there. Without other devices it has what
     the cache and the workspace (`steps`: beside the decoder's) will take."""
+    sizes = candidate.sizes
     if len(devices) > 1:
-        return candidate.sizes.passing()
-    needed = candidate.sizes.passing(candidate.left) if disk else candidate.sizes.loading_whole
+        return sizes.passing
+    needed = sizes.loading_whole if not disk else sizes.passing_layers if candidate.outer_on_disk else sizes.passing
     return max(0, needed - int(candidate.kv_need.sum()) - candidate.workspace(HOST, True) - steps)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from chandra.models.tensors import part_of
 from chandra.models.transforms import loading_bytes
 from chandra.planner.kernels import PLAIN, Kernels, built_kernels, packed_bytes
 from chandra.planner.mixes import LABELS, LOW_QUALITY, format_for, known_label
-from chandra.planner.placement import Ends, Floats
+from chandra.planner.placement import Ends, Floats, spread_sums
 from chandra.quant import get_format
 
 Read = Mapping[str, tuple[str, bool]]  # by tensor: the format it is read in, and whether from several places
@@ -61,6 +61,10 @@ class Pieces:
         return np.array(self.dense, np.float64)
 
     @cached_property
+    def experts_array(self) -> Floats:
+        return np.array(self.experts, np.float64)
+
+    @cached_property
     def layers(self) -> Floats:
         """Bytes of each layer."""
         return self.dense_array + self.experts
@@ -76,9 +80,14 @@ class Pieces:
         return self.layers - self.small
 
     @cached_property
+    def spread(self) -> Floats:
+        """[off, end]: bytes of `off` layers, spread through the first `end`, that are streamed."""
+        return spread_sums(self.streamed)
+
+    @cached_property
     def streamed_experts(self) -> Floats:
         """Bytes of the experts of each layer that are read from disk, if they are."""
-        return np.array(self.experts, np.float64) - self.small_experts
+        return self.experts_array - self.small_experts
 
 
 class PerLayer(NamedTuple):
@@ -129,10 +138,15 @@ class ModelSizes:
     def low_quality(self) -> bool:
         return self.label in LOW_QUALITY
 
-    def passing(self, left: Collection[str] = ()) -> int:
-        """The most bytes that a tensor takes on its way, wherever it goes. What belongs to the parts that are `left` in
-        the file is not loaded."""
-        return max(tensor.nbytes for tensor in self.tensors if tensor.part not in left)
+    @cached_property
+    def passing(self) -> int:
+        """The most bytes that a tensor takes on its way, wherever it goes."""
+        return max(tensor.nbytes for tensor in self.tensors)
+
+    @cached_property
+    def passing_layers(self) -> int:
+        """The same where embedding and head stay in the file."""
+        return max(tensor.nbytes for tensor in self.tensors if tensor.part not in ("embedding", "head"))
 
     def loading(self, places: Mapping[str, str]) -> tuple[int, int]:
         """With these placements of parts: the most bytes of the host that a tensor takes on its way; and those of all
