@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -164,12 +165,15 @@ def test_the_next_layer_is_copied_while_one_is_computed(
     monkeypatch.setattr(VirtualBackend, "fetch", lambda *a: (order.append("fetch"), fetch(*a))[1])
     monkeypatch.setattr(VirtualBackend, "norm_linear", lambda *a: (order.append("layer"), norm_linear(*a))[1])
     with LLM(model, ctx=256, device="virtual:50MiB") as llm:
-        streamed = sum(part.placement == "stream" for part in llm.plan.layers)
-        assert streamed > 3
+        streamed = [part.placement == "stream" for part in llm.plan.layers]
+        assert 3 < sum(streamed) < len(streamed)
         llm.generate("Hello", SamplingParams(temperature=0, max_tokens=3))
-    assert order[:5] == ["fetch", "fetch", "layer", "fetch", "layer"]  # two ahead, then one for each that is done
-    layers = [i for i, what in enumerate(order) if what == "layer"]
-    assert order[layers[streamed - 1] + 1] == "fetch"  # of the next step, while resident layers compute
+    # two ahead, then one for each that is done, of the next step as well
+    assert order == ["fetch", "fetch", *3 * [what for one in streamed for what in ("layer", *["fetch"] * one)]]
+    assert streamed[0]
+    assert streamed[-1]
+    resident = [len(list(run)) for here, run in groupby(streamed) if not here]
+    assert max(resident) - min(resident) < 2
 
 
 def test_layers_move_to_the_file_and_back(model: Path, plain: list[list[int]]) -> None:
@@ -196,10 +200,10 @@ def test_a_file_that_shrinks_is_an_error_of_the_step_not_a_crash(model: Path, tm
 import os
 from chandra import LLM, SamplingParams
 from chandra.errors import CheckpointError
-with LLM({str(copy)!r}, ctx=256, host="110MiB", disk="1GiB") as llm:
-    assert sum(part.placement == "disk" for part in llm.plan.layers) > 3
+with LLM({str(copy)!r}, ctx=256, host="80MiB", disk="1GiB") as llm:
+    assert all(part.placement == "disk" for part in llm.plan.layers[:3])
     llm.generate("Hello", SamplingParams(max_tokens=2))
-    os.truncate({str(copy)!r}, 40 << 20)
+    os.truncate({str(copy)!r}, 40 << 20)  # what the first layers do not reach
     try:
         llm.generate("Hello again", SamplingParams(max_tokens=2))
     except CheckpointError as error:

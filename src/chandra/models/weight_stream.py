@@ -212,14 +212,10 @@ class MappedStream(Stream[T]):
         self._reader = ThreadPoolExecutor(1)
 
     def acquire(self, index: int) -> T:
-        order = sorted(self.items)
-        at = order.index(index)
-        wanted = [order[(at + ahead) % len(order)] for ahead in range(min(self.HELD, len(order)))]
+        wanted = self._from(index)[: self.HELD]
         for other in [other for other in self._touched if other not in wanted]:
             self._forget(other)
-        for each in wanted:
-            if each not in self._touched:
-                self._touched[each] = self._reader.submit(self._touch, each)
+        self._bring(wanted)
         try:
             self._touched[index].result()
         except BaseException:
@@ -230,12 +226,24 @@ class MappedStream(Stream[T]):
     def release(self, index: int) -> None:
         if len(self.items) > self.HELD:
             self._forget(index)
+            self._bring(self._from(index)[1:])
 
     def remove(self, index: int) -> None:
         """It is not computed from the file any more."""
         if index in self._touched:
             self._forget(index)
         del self.items[index]
+
+    def _from(self, index: int) -> list[int]:
+        """One of them, and those that follow it: one more than is held, or all."""
+        order = sorted(self.items)
+        at = order.index(index)
+        return [order[(at + ahead) % len(order)] for ahead in range(min(self.HELD + 1, len(order)))]
+
+    def _bring(self, indices: Sequence[int]) -> None:
+        for each in indices:
+            if each not in self._touched:
+                self._touched[each] = self._reader.submit(self._touch, each)
 
     def _forget(self, index: int) -> None:
         with suppress(Exception):  # nobody waits for it any more
