@@ -117,8 +117,7 @@ struct Handle {
   }
 
   int64_t nbytes() const {
-    return weight->in_place() && !weight->repacks() ? stored_bytes
-                              : Weight::repacked_bytes(weight->layout(), weight->experts(), weight->rows(), weight->columns());
+    return weight->in_place() && !weight->repacks() ? stored_bytes : weight->repacked_bytes();
   }
   std::string kernel() const {
     return std::string(kernels().name) + " " + format + (weight->in_place() ? " in place" : " panels");

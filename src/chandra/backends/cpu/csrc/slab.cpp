@@ -21,7 +21,7 @@ class Slab {
     const auto address = reinterpret_cast<uintptr_t>(base_);
     data_ = static_cast<uint8_t*>(base_) + (kHugePage - address % kHugePage) % kHugePage;
 #if defined(MADV_HUGEPAGE)
-    madvise(data_, size_, MADV_HUGEPAGE);
+    madvise(data_, size_ / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
   }
   ~Slab() { munmap(base_, mapped_); }
@@ -50,6 +50,7 @@ void give_back(uint8_t* piece, size_t bytes) {
 
 std::mutex mutex;
 std::weak_ptr<Slab> current;
+int64_t expected = 0;
 
 }  // namespace
 
@@ -59,11 +60,16 @@ std::shared_ptr<uint8_t> allocate_panels(size_t bytes) {
   std::shared_ptr<Slab> slab = current.lock();
   uint8_t* data = slab ? slab->take(bytes) : nullptr;
   if (!data) {
-    slab = std::make_shared<Slab>(std::max(kSlab, (bytes + kHugePage - 1) / kHugePage * kHugePage));
+    slab = std::make_shared<Slab>(std::max(bytes, expected > 0 ? static_cast<size_t>(expected) : kSlab));
     data = slab->take(bytes);
     current = slab;
   }
   return {data, [slab, bytes](uint8_t* piece) { give_back(piece, bytes); }};
+}
+
+void expect_panels(int64_t bytes) {
+  const std::lock_guard lock(mutex);
+  expected += bytes;
 }
 
 }  // namespace chandra

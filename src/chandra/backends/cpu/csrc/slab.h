@@ -11,4 +11,7 @@ namespace chandra {
 // Bytes aligned to 64, zero at first. Whole pages go back to the system with each piece, the region with the last.
 std::shared_ptr<uint8_t> allocate_panels(size_t bytes);
 
+// Note that so many bytes more (or less) will be asked for: a region that fits them has no huge page left half empty.
+void expect_panels(int64_t bytes);
+
 }  // namespace chandra

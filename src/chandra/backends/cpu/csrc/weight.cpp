@@ -113,21 +113,27 @@ Weight::Weight(const Source& source, int64_t experts, int64_t rows, Repack when)
   if (experts * rows == 0 || blocks_ == 0) when_ = Repack::never;
   if (when_ == Repack::later && !stored_block_bytes(layout())) when_ = Repack::now;
   if (when_ == Repack::lookup && !stored_block_bytes(layout())) when_ = Repack::never;
+  if (when_ == Repack::later) expect_panels(repacked_bytes());
   if (when_ != Repack::now) return;
-  memory_ = allocate_panels(static_cast<size_t>(repacked_bytes(layout(), experts, rows, columns())));
+  memory_ = allocate_panels(static_cast<size_t>(repacked_bytes()));
   pack(source, experts, rows, memory_.get(), true);
   panels_ = memory_.get();
   source_ = Source{.layout = source.layout, .rows = source.rows, .columns = source.columns};
+}
+
+Weight::~Weight() {
+  if (when_ == Repack::later && in_place()) expect_panels(-repacked_bytes());
 }
 
 void Weight::repack() const {
   const std::lock_guard lock(repacking_);
   if (!in_place()) return;
   try {
-    memory_ = allocate_panels(static_cast<size_t>(repacked_bytes(layout(), experts_, rows_, columns())));
+    memory_ = allocate_panels(static_cast<size_t>(repacked_bytes()));
   } catch (const std::bad_alloc&) {
     return;
   }
+  expect_panels(-repacked_bytes());
   const int64_t all = experts_ * panels(), piece = std::max<int64_t>(1, kPiece / panel_bytes_);
   const uint8_t* dropped = source_.data;
   for (int64_t first = 0; first < all; first += piece) {

@@ -54,6 +54,7 @@ class Weight {
   Weight(Layout layout, int64_t experts, int64_t rows, int64_t columns, uint8_t* panels);
   Weight(const Weight&) = delete;
   Weight& operator=(const Weight&) = delete;
+  ~Weight();
 
   Layout layout() const { return source_.layout; }
   int64_t experts() const { return experts_; }
@@ -62,6 +63,7 @@ class Weight {
   int64_t blocks() const { return blocks_; }  // of a panel
   int64_t panels() const { return (rows_ + kPanelRows - 1) / kPanelRows; }  // of an expert
   int64_t panel_bytes() const { return panel_bytes_; }
+  int64_t repacked_bytes() const { return experts_ * panels() * panel_bytes_; }
   bool in_place() const { return !panels_.load(std::memory_order_acquire); }
   bool repacks() const { return when_ == Repack::now || when_ == Repack::later; }
 
