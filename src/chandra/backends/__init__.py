@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from chandra.backends.cpu.backend import CpuBackend
-from chandra.backends.cuda.sizes import Scratch
 from chandra.errors import DeviceError
 from chandra.memory.device import Device
 from chandra.ops.contracts import Backend
+
+if TYPE_CHECKING:
+    from chandra.backends.cuda.sizes import Scratch
 
 
 def make_backend(
@@ -29,6 +33,7 @@ def make_backend(
         return VirtualBackend(device, threads, isa)
     if device.kind == "cuda":
         from chandra.backends.cuda.backend import CudaBackend  # imports Triton
+        from chandra.backends.cuda.sizes import Scratch
 
         return CudaBackend(device, scratch or Scratch(), graphs)
     raise DeviceError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -29,8 +28,6 @@ KEPT = 20  # steps that are remembered
 GAIN = 0.1  # share of a cache below which it is not worth growing
 
 _Pool = tuple[KVPool, Sequence[BlockAllocator], Sequence[int]]  # its memory, its books, the least it is to have
-
-log = logging.getLogger("chandra")
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ class Pressure:
     def _complain(self, where: str, short: int) -> None:
         """Say that giving way was not enough; again only when it has become worse."""
         if short > max(0, self._short.get(where, 0)):
-            log.error("%s is short of %s, and nothing is left to give back", where, format_size(short))
+            _log("error", "%s is short of %s, and nothing is left to give back", where, format_size(short))
         self._short[where] = short
 
     def _note(self, action: Action, device: str, nbytes: int, detail: str) -> Step:
@@ -138,7 +135,7 @@ class Pressure:
         self.steps.append(step)
         if nbytes > 0:
             self.engine.pressure_steps[action] += 1
-        log.log(logging.WARNING if nbytes > 0 else logging.INFO, "%s", step)
+        _log("warning" if nbytes > 0 else "info", "%s", step)
         return step
 
     def _relieve_host(self, wanted: int) -> None:
@@ -279,3 +276,9 @@ class Pressure:
             self.engine.blocks.set_limit(pool, index, allocators[index].limit + count)
         left = " and ".join(f"{allocators[i].limit} of {allocators[i].num_blocks} blocks" for i in here)
         self._note(action, device, -pool.bytes_of(more), left)
+
+
+def _log(level: str, message: str, *values: object) -> None:
+    import logging  # here: with what it imports it takes half a megabyte, and this is rare
+
+    getattr(logging.getLogger("chandra"), level)(message, *values)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Generic, Protocol, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from chandra.models.layers import DecoderLayer
 from chandra.ops.contracts import Array, Backend, Copied, Copy, HostBytes, IntArray, Linear, Norm
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 T = TypeVar("T")
 
@@ -33,6 +36,12 @@ def lookup_bytes(rows: int, nbytes: int) -> int:
 
 class Stream(ABC, Generic[T]):
     """Things that take turns in memory. Used by one thread at a time; a step may be cut short anywhere."""
+
+    @cached_property
+    def _reader(self) -> ThreadPoolExecutor:
+        from concurrent.futures import ThreadPoolExecutor  # here: nothing is streamed in most processes
+
+        return ThreadPoolExecutor(1)
 
     @abstractmethod
     def acquire(self, index: int) -> T:
@@ -151,7 +160,6 @@ class ReadStream(Stream[DecoderLayer]):
         self._turns = _Turns(nbytes)
         self._held: list[tuple[int, Future[None]] | None] = [None] * len(buffers)
         self._copies: list[Copy] = [Copied() for _ in buffers]  # out of each
-        self._reader = ThreadPoolExecutor(1)
 
     def acquire(self, index: int) -> DecoderLayer:
         turns, count = self._turns, len(self._buffers)
@@ -209,7 +217,6 @@ class MappedStream(Stream[T]):
         self._touch, self._drop = touch, drop
         self.items: dict[int, T] = {}
         self._touched: dict[int, Future[None]] = {}
-        self._reader = ThreadPoolExecutor(1)
 
     def acquire(self, index: int) -> T:
         wanted = self._from(index)[: self.HELD]
@@ -251,7 +258,8 @@ class MappedStream(Stream[T]):
         self._drop(index)
 
     def close(self) -> None:
-        self._reader.shutdown(cancel_futures=True)
+        if "_reader" in vars(self):
+            self._reader.shutdown(cancel_futures=True)
         for index in list(self._touched):
             self._forget(index)
         self.items.clear()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -38,8 +36,6 @@ from chandra.planner.candidate import BLOCK_SIZE
 from chandra.planner.cost import ASSUMED_HOST, Machine, Profile, Rate, machine_with
 from chandra.planner.request import PlanRequest
 from chandra.quant import PackedWeight, get_format
-
-_log = logging.getLogger(__name__)
 
 # Bytes of a process that runs a model, measured: with nothing but modules, for each entry of the vocabulary, and what
 # it grows by when it computes (stacks of threads, code of kernels, what malloc keeps), and with each further device.
@@ -111,7 +107,10 @@ def _gpus(request: PlanRequest) -> tuple[Device, ...]:
     except DeviceError as error:
         if any(parse_device(text).kind == "cuda" for text in request.device):
             raise
-        _log.warning("chandra: %s\nchandra: the GPU is NOT used: everything runs on the CPU", error)
+        import logging
+
+        message = "chandra: %s\nchandra: the GPU is NOT used: everything runs on the CPU"
+        logging.getLogger(__name__).warning(message, error)
         return ()
 
 
@@ -299,6 +298,8 @@ def _disk_rates(folder: Path, nbytes: int) -> tuple[float, float]:
         files = sorted((folder / "blobs").glob("sha256-*"), key=lambda path: path.stat().st_size, reverse=True)
         if files and files[0].stat().st_size >= nbytes:
             return _read_rates(files[0], nbytes)
+        import tempfile
+
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             file.write(os.urandom(1 << 20) * (nbytes >> 20))

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from chandra.backends.cuda import sizes as cuda
-from chandra.backends.cuda.layouts import weight_nbytes
-from chandra.backends.cuda.sizes import Scratch
 from chandra.config import SAMPLING
 from chandra.errors import BudgetExceeded
 from chandra.kvcache.view import index_bytes
@@ -17,6 +14,9 @@ from chandra.memory.plan import Part
 from chandra.models.decoder import FLOAT
 from chandra.models.spec import ModelSpec
 from chandra.quant import get_format
+
+if TYPE_CHECKING:
+    from chandra.backends.cuda.sizes import Scratch
 
 PIECE = 8 << 20  # bytes of the file that the CPU repacks before it drops their pages
 
@@ -141,6 +141,8 @@ class BuiltKernels:
         return _gpu_bytes(format, shape)
 
     def gpu_scratch(self, spec: ModelSpec, limits: Limits, block_size: int) -> Scratch:
+        from chandra.backends.cuda import sizes as cuda
+
         rows, sequences, context, logit_rows = limits
         hidden, most = spec.hidden_size, cuda.linear_bytes(logit_rows, spec.hidden_size, 0)
         for layer in set(spec.layers):
@@ -155,7 +157,7 @@ class BuiltKernels:
                 expert = mlp.num_experts, mlp.experts_per_token, hidden, mlp.intermediate_size
                 most = max(most, cuda.moe_bytes(rows, *expert))
         groups = len({(a.num_kv_heads, a.head_dim, a.window) for a in (layer.attention for layer in spec.layers)})
-        return Scratch(most, cuda.step_ints(rows, sequences, -(-context // block_size), groups, logit_rows))
+        return cuda.Scratch(most, cuda.step_ints(rows, sequences, -(-context // block_size), groups, logit_rows))
 
 
 def host_workspace(
@@ -187,4 +189,6 @@ def packed_bytes(format: str, shape: tuple[int, ...]) -> int:
 
 @cache
 def _gpu_bytes(format: str, shape: tuple[int, ...]) -> int:
+    from chandra.backends.cuda.layouts import weight_nbytes  # here: not needed without a GPU
+
     return weight_nbytes(get_format(format), shape)

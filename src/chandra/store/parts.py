@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +82,8 @@ class PartFile:
 
     def reserve(self, more: int) -> None:
         """Raises DiskFull if the disk has no room for so many more bytes."""
+        import shutil  # here: it brings five other modules
+
         free = shutil.disk_usage(self.path.parent).free
         if more + MARGIN > free:
             raise DiskFull(
