@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,12 @@ def aligned_bytes(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return raw[start : start + nbytes]
 
 
+def own_pages(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Zeros in pages that nothing else uses: they cost memory when they are written, and go with the array."""
+    pages = mmap.mmap(-1, max(nbytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.ndarray(nbytes, np.uint8, pages)
+
+
 def give_back(address: int, nbytes: int) -> None:
     """Return the whole pages among these bytes of anonymous memory to the system; they read as zeros from then on."""
     page = os.sysconf("SC_PAGE_SIZE")
@@ -72,12 +78,6 @@ def peak_resident() -> int:
     """The most bytes this process ever had in memory."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-
-
-def return_free_memory() -> None:
-    """Give what was freed, but is still kept for this process, back to the system (where malloc is glibc's)."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def read_pages(mapped: np.ndarray[Any, np.dtype[np.uint8]]) -> None:

@@ -21,7 +21,7 @@ from chandra.checkpoint import Checkpoint, MappedFile
 from chandra.config import Settings
 from chandra.errors import DeviceError
 from chandra.memory.device import Device, parse_device
-from chandra.memory.host import memory_available, resident_bytes, return_free_memory, usable_cores
+from chandra.memory.host import memory_available, resident_bytes, trim_heap, usable_cores
 from chandra.ops.contracts import (
     Array,
     AttentionParams,
@@ -71,7 +71,7 @@ def discover(request: PlanRequest, settings: Settings, vocab_size: int = 0) -> t
     named and is missing or cannot be used; if none was named, that is logged and the CPU has to do.
     """
     devices, machine = request.devices(_gpus(request)), known_machine(settings)
-    return_free_memory()
+    trim_heap()
     taken = BASELINE + TOKEN * vocab_size if vocab_size else sum(resident_bytes())
     growth = GROWTH + EACH * (len(devices) - 1)
     host = replace(machine.host, runtime=-(-(taken + growth) // BASELINE_STEP) * BASELINE_STEP)

@@ -11,7 +11,7 @@ from chandra.backends.cpu import _cpu
 from chandra.backends.cpu.kernels import make_weight, pack_panels, panel_format
 from chandra.errors import UsageError
 from chandra.memory.device import Device
-from chandra.memory.host import aligned_bytes, give_back
+from chandra.memory.host import aligned_bytes, give_back, own_pages
 from chandra.ops import registry
 from chandra.ops.contracts import (
     Activation,
@@ -59,7 +59,7 @@ class CpuBackend(Backend):
         return self._allocate(math.prod(shape) * kind.itemsize).view(kind).reshape(shape)
 
     def _allocate(self, nbytes: int) -> HostBytes:
-        return aligned_bytes(nbytes)
+        return own_pages(nbytes)
 
     def upload(self, host: np.ndarray[Any, Any]) -> Array:
         return host
