@@ -11,12 +11,11 @@ import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from chandra.checkpoint.base import TensorInfo
 from chandra.checkpoint.mapped import (
@@ -53,22 +52,19 @@ _UNSUPPORTED: dict[int, tuple[str, int, int]] = {
 
 
 class StringArray(Sequence[str]):
-    """The strings of an array, decoded when asked for: a list of 262,144 tokens would take 20 MB.
+    """The strings of an array, read when asked for: a list of 262,144 tokens would take 20 MB.
 
-    Bytes that are not UTF-8 are carried as surrogate escapes (PEP 383).
+    `data` has each after its length in 8 bytes; `places`: where every STRIDE-th begins. Bytes that are not UTF-8 are
+    carried as surrogate escapes (PEP 383).
     """
 
-    def __init__(self, data: memoryview, starts: array[int]) -> None:
-        self._data = data
-        self._starts = starts  # of each string's length, and the end of the last
+    STRIDE = 64
 
-    def raw(self) -> tuple[memoryview, NDArray[np.uint32]]:
-        """The bytes that hold all strings, and where in them each has its length of 8 bytes; last, their end."""
-        starts = np.frombuffer(self._starts, np.uint64) - self._starts[0]
-        return self._data[self._starts[0] : self._starts[-1]], starts.astype(np.uint32)
+    def __init__(self, data: memoryview, places: array[int], count: int) -> None:
+        self.data, self._places, self._count = data, places, count
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return self._count
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -76,13 +72,18 @@ class StringArray(Sequence[str]):
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        i = range(len(self))[index]
-        return str(self._data[self._starts[i] + 8 : self._starts[i + 1]], "utf-8", "surrogateescape")
+            return [self[i] for i in range(self._count)[index]]
+        block, skipped = divmod(range(self._count)[index], self.STRIDE)
+        return next(islice(self._from(self._places[block]), skipped, None))
 
     def __iter__(self) -> Iterator[str]:
-        for start, end in pairwise(self._starts):
-            yield str(self._data[start + 8 : end], "utf-8", "surrogateescape")
+        return self._from(0)
+
+    def _from(self, at: int) -> Iterator[str]:
+        while at < len(self.data):
+            start = at + 8
+            at = start + int.from_bytes(self.data[at:start], "little")
+            yield str(self.data[start:at], "utf-8", "surrogateescape")
 
 
 class _Cursor:
@@ -142,23 +143,24 @@ class _Cursor:
         return items != 0 if kind == _BOOL else items
 
     def strings(self, count: int, what: str) -> StringArray:
-        at = self.at
+        start = self.at
         self.take(8 * count, what)  # the lengths alone
-        data, unpack, starts = self.data, struct.Struct("<Q").unpack_from, array("Q", [at])
+        data, unpack, places = self.data, struct.Struct("<Q").unpack_from, array("Q")
+        at, whole = start, False
         with suppress(struct.error, OverflowError):  # of the last string, if the data ends within its length
-            for _ in range(count):  # many: the checks come after
-                at += 8 + unpack(data, at)[0]
-                starts.append(at)
-        ends = np.array(starts)
-        lengths = np.diff(ends) - 8
-        wrong = np.flatnonzero((lengths > MAX_STRING) | (ends[1:] > len(data)))
-        if len(wrong) or len(lengths) < count:
-            self.at = starts[wrong[0] if len(wrong) else -1]
-            self.string(f"a string of {what}")  # finds the same and raises
-        if at - starts[0] > MAX_TEXT:
-            raise damaged(self.file, f"{what} has {at - starts[0]} bytes; {MAX_TEXT} are allowed")
+            for first in range(0, count, StringArray.STRIDE):
+                places.append(at - start)
+                for _ in range(min(StringArray.STRIDE, count - first)):  # many: the checks come after
+                    at += 8 + unpack(data, at)[0]
+            whole = True
+        self.at = start
+        if not whole or at > len(data) or at - start > MAX_STRING:
+            for _ in range(count):
+                self.string(f"a string of {what}")  # one of them raises, or all are right
+        if at - start > MAX_TEXT:
+            raise damaged(self.file, f"{what} has {at - start} bytes; {MAX_TEXT} are allowed")
         self.at = at
-        return StringArray(data, starts)
+        return StringArray(data[start:at], places, count)
 
 
 def read_header(data: bytes | memoryview, size: int, file: str = "GGUF header") -> Header:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chandra.errors import TokenizerError
-from chandra.text.vocabulary import StringIndex, Strings, Vocabulary, utf8
+from chandra.text.vocabulary import Vocabulary, indexed, utf8
 
 SPACE = "▁"  # how SentencePiece writes a space
 _SPACE = utf8(SPACE)
@@ -119,7 +119,7 @@ class MergeListEncoder(_WordEncoder):
         super().__init__(vocab)
         if len(merges) == 0:
             raise TokenizerError("the tokenizer has no merges", "Fetch the model again, or take another file of it.")
-        self._merges = StringIndex(Strings.of(merges))
+        self._merges = indexed(merges)
         self._split = split
         self._alphabet = byte_alphabet() if byte_level else None
         self._ignore_merges = ignore_merges

@@ -85,7 +85,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     add_space = bool(key("add_space_prefix", kind in ("llama", "t5")))
     encoder: Encoder
     if kind in ("llama", "t5"):
-        scores = np.array(_column(key("scores"), len(vocab), 0.0), dtype=np.float32)
+        scores = np.asarray(_column(key("scores"), len(vocab), 0.0), dtype=np.float32)
         encoder = scored_encoder(kind == "t5", vocab, scores, types, role("unknown", 0), add_space)
     elif kind in ("gpt2", "gemma4"):
         merges = key("merges", ())

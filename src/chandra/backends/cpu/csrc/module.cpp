@@ -11,6 +11,7 @@ namespace nb = nanobind;
 namespace chandra {
 void register_attention(nb::module_& m);
 void register_linear(nb::module_& m);
+void register_strings(nb::module_& m);
 }
 
 NB_MODULE(_cpu, m) {
@@ -27,4 +28,5 @@ NB_MODULE(_cpu, m) {
   m.def("scratch_held", &chandra::scratch_held, "Bytes of scratch memory that all threads keep.");
   chandra::register_attention(m);
   chandra::register_linear(m);
+  chandra::register_strings(m);
 }
