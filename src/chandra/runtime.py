@@ -24,7 +24,7 @@ from chandra.memory.plan import Plan
 from chandra.memory.running import MemoryRow, Running, StateFile, began
 from chandra.models import Backends, Decoder, ModelSpec, load_decoder, read_spec
 from chandra.ops.contracts import Backend
-from chandra.planner import PlanRequest, cached_rate, discover, plan, plannable, tensor_formats
+from chandra.planner import PlanRequest, cached_rate, discover, observe, plan, plannable, tensor_formats
 from chandra.planner.kernels import BuiltKernels, Limits, check_scratch, host_workspace, promise_scratch, repacking
 from chandra.planner.request import HOST_MARGIN
 from chandra.store import Progress, Store, StoredModel
@@ -139,6 +139,7 @@ def load(
     store = Store(settings.home, settings.registry)
     stored = model if isinstance(model, StoredModel) else store.get(str(model), progress=progress)
     with ExitStack() as resources:
+        at_last = resources.enter_context(ExitStack())  # when all else is given back
         resources.enter_context(store.hold(stored))
         checkpoint = open_checkpoint(stored.path)
         resources.callback(checkpoint.close)
@@ -149,10 +150,12 @@ def load(
         request = request.with_defaults(settings)
         constraints = request.constraints()
         devices, machine = discover(request, settings)
+        ended = observe(settings.home, spec.vocab_size)
         if constraints.disk:
             machine = replace(machine, cached=cached_rate(checkpoint))
         made = plan(plannable(stored.name, spec, checkpoint, constraints.format), devices, machine, constraints)
         ledger = _open_ledger(made)
+        at_last.callback(ended, made, ledger)
         backends = {d.name: _open_device(d, spec, made, settings, ledger) for d in made.devices if _used(made, d.name)}
         decoder = _load_weights(checkpoint, spec, made, backends, ledger, progress)
         resources.callback(decoder.close)

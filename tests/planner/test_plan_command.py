@@ -10,7 +10,8 @@ import pytest
 
 from chandra.cli import main
 from chandra.config import Settings
-from chandra.planner.calibrate import FILE, known_machine
+from chandra.planner.actuals import FILE
+from chandra.planner.calibrate import known_machine
 
 DEVICES = ("--device", "6GiB", "--host", "32GiB")
 
@@ -99,6 +100,8 @@ def test_a_calibration_is_kept(tmp_path: Path) -> None:
     assert all(rate.bandwidth > 1e8 and rate.macs > 1e8 for _, rate in first.host.rates)
     assert known_machine(settings) == first
     stored = json.loads((tmp_path / FILE).read_text())
-    (tmp_path / FILE).write_text(json.dumps(stored | {"machine": {}}))
+    (tmp_path / FILE).write_text(json.dumps(stored | {"machine": {}, "actuals": {"base": {}}}))
     known_machine(settings)
-    assert json.loads((tmp_path / FILE).read_text())["machine"] == stored["machine"]
+    again = json.loads((tmp_path / FILE).read_text())
+    assert again["machine"] == stored["machine"]
+    assert "actuals" not in again

@@ -59,6 +59,7 @@ def _doctor(arguments: argparse.Namespace) -> int:  # noqa: ARG001
     import chandra.backends.cuda.kernels  # noqa: F401
     from chandra.backends.cpu import _cpu
     from chandra.backends.cuda.driver import usable_gpus
+    from chandra.planner.actuals import Actuals
     from chandra.planner.calibrate import calibrated
 
     settings = Settings.from_env()
@@ -71,6 +72,7 @@ def _doctor(arguments: argparse.Namespace) -> int:  # noqa: ARG001
     print("gpus         " + "\n             ".join(gpus or ["none"]))
     print(f"store        {settings.home}")
     print(f"calibration  {calibrated(settings) or 'none yet: it is made at the first use, or by `chandra calibrate`'}")
+    print(f"process      {Actuals.read(settings.home) or 'as assumed: no run has ended yet'}")
     table: dict[tuple[str, ...], list[str]] = {}
     for kernel in kernels():
         table.setdefault((kernel.op, kernel.device, kernel.name, kernel.target()), []).append(kernel.format)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from chandra.memory.device import Device
 from chandra.memory.plan import Plan
+from chandra.planner.actuals import observe
 from chandra.planner.assemble import assemble
 from chandra.planner.calibrate import cached_rate, calibrate, discover
 from chandra.planner.cost import ASSUMED_HOST, Machine, Profile, Rate, machine_with
@@ -25,6 +26,7 @@ __all__ = [
     "calibrate",
     "discover",
     "machine_with",
+    "observe",
     "plan",
     "plannable",
     "plannable_config",

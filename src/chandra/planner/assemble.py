@@ -252,6 +252,8 @@ def _decisions(found: Found, layers: Sequence[Part], experts: Sequence[Part], he
         f"context {w.context} x {w.parallel} with {candidate.kv_type} cache: {format_size(candidate.kv_need.sum())}",
         f"steps of at most {candidate.chunk} tokens, up to {candidate.max_num_seqs} sequences that share the cache",
     ]
+    if machine.actuals:
+        out.append(f"what the process itself takes is corrected by {machine.actuals}")
     if found.offload is not None and found.split.off:
         out.append(
             {

@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,22 +32,19 @@ from chandra.ops.contracts import (
     Linear,
     Norm,
 )
+from chandra.planner.actuals import FILE, Actuals
 from chandra.planner.candidate import BLOCK_SIZE
 from chandra.planner.cost import ASSUMED_HOST, Machine, Profile, Rate, machine_with
 from chandra.planner.request import PlanRequest
 from chandra.quant import PackedWeight, get_format
 
-# Bytes of a process that runs a model, measured: with nothing but modules, for each entry of the vocabulary, and what
-# it grows by when it computes (stacks of threads, code of kernels, what malloc keeps), and with each further device.
-BASELINE, TOKEN, GROWTH, EACH = 46 << 20, 110, 8 << 20, 1 << 20
 BASELINE_STEP = 2 << 20  # bytes: the process is never measured to the page, so that plans repeat
 QUICK = ("Q4_K", "Q5_0", "Q6_K", "Q8_0", "F16")
 THOROUGH = ("Q2_K", "Q3_K", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K", "Q8_0", "F16", "BF16", "F32", "int8", "nf4")
 LAYERS = 16  # of which the overhead is measured
 SUSTAINED = 0.87  # share of a kernel's best rate at one row that a model's steps reach: measured on three of them
 SAMPLE = 64 << 20  # bytes of a model that are brought in to see how fast that goes
-FILE = "calibration.json"
-VERSION = 3  # of what is measured and of the kernels: raise it when an old calibration would mislead
+VERSION = 4  # of what is measured and of the kernels: raise it when an old calibration would mislead
 
 
 @dataclass(frozen=True)
@@ -72,13 +69,20 @@ def discover(request: PlanRequest, settings: Settings, vocab_size: int = 0) -> t
     """
     devices, machine = request.devices(_gpus(request)), known_machine(settings)
     trim_heap()
-    taken = BASELINE + TOKEN * vocab_size if vocab_size else sum(resident_bytes())
-    growth = GROWTH + EACH * (len(devices) - 1)
-    host = replace(machine.host, runtime=-(-(taken + growth) // BASELINE_STEP) * BASELINE_STEP)
+    taken, actuals = sum(resident_bytes()), Actuals.read(settings.home)
+    process = actuals.process(devices, 0 if vocab_size else taken, vocab_size)
+    host = replace(machine.host, runtime=-(-process // BASELINE_STEP) * BASELINE_STEP)
     measured = {d.name: p for d in devices if (p := machine.profiles.get(d.name.split("/")[0]))}
     cap = next(device.cap for device in devices if device.name == "cpu")
-    spare = max(0, memory_available() + sum(resident_bytes()) - cap)
-    return devices, machine_with(replace(machine, profiles=measured | {"cpu": host}, cache=spare), devices)
+    machine = replace(machine, profiles=measured | {"cpu": host}, cache=max(0, memory_available() + taken - cap))
+    machine = machine_with(replace(machine, actuals=str(actuals) if actuals else ""), devices)
+    contexts = {
+        d.name: actuals.of(f"context {d.name.split('/')[0]}", machine.of(d.name).runtime)
+        for d in devices
+        if d.kind == "cuda"
+    }
+    profiles = {name: replace(p, runtime=contexts.get(name, p.runtime)) for name, p in machine.profiles.items()}
+    return devices, replace(machine, profiles=profiles)
 
 
 def cached_rate(checkpoint: Checkpoint) -> float:
@@ -116,19 +120,23 @@ def _gpus(request: PlanRequest) -> tuple[Device, ...]:
 
 def known_machine(settings: Settings) -> Machine:
     """The calibration of this machine; a quick one is made and kept if there is none."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        stored = json.loads((settings.home / FILE).read_text(encoding="utf-8"))
-        if stored["machine"] == _identity(settings):
-            return _from_json(stored)
+    with suppress(KeyError, TypeError, ValueError):
+        return _from_json(_stored(settings)["figures"])
     return calibrate(settings, quick=True)
 
 
 def calibrated(settings: Settings) -> str | None:
     """When this machine was calibrated, as ISO 8601; None if it was not, or was another one then."""
-    with suppress(OSError, ValueError, KeyError):
-        stored = json.loads((settings.home / FILE).read_text(encoding="utf-8"))
-        return str(stored["date"]) if stored["machine"] == _identity(settings) else None
-    return None
+    return _stored(settings).get("date")
+
+
+def _stored(settings: Settings) -> dict[str, Any]:
+    """The file of the calibration, if it is of this machine; else nothing."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        stored: dict[str, Any] = json.loads((settings.home / FILE).read_text(encoding="utf-8"))
+        if stored["machine"] == _identity(settings):
+            return stored
+    return {}
 
 
 def calibrate(settings: Settings, quick: bool = False) -> Machine:
@@ -148,10 +156,11 @@ def calibrate(settings: Settings, quick: bool = False) -> Machine:
     machine = Machine({"cpu": host} | gpus, disk, cached=cached)
     if not quick:
         machine = replace(machine, convert=_convert_rate())
-    document = {"machine": _identity(settings), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    document = {"machine": _identity(settings), "date": date, "figures": asdict(machine)}
     with suppress(OSError):  # a folder that cannot be written only means that it is measured again
         settings.home.mkdir(parents=True, exist_ok=True)
-        (settings.home / FILE).write_text(json.dumps(document | _to_json(machine), indent=1), encoding="utf-8")
+        (settings.home / FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
     return machine
 
 
@@ -165,34 +174,14 @@ def _identity(settings: Settings) -> dict[str, Any]:
     return {"cpu": platform.processor(), "cores": os.cpu_count(), "isa": settings.cpu, "version": VERSION}
 
 
-def _to_json(machine: Machine) -> dict[str, Any]:
-    profiles = {
-        name: {
-            "rates": {form: [rate.bandwidth, rate.macs, rate.mapped] for form, rate in profile.rates},
-            "layer_overhead": profile.layer_overhead,
-            "link": profile.link,
-            "runtime": profile.runtime,
-            "attention": profile.attention and [profile.attention.bandwidth, profile.attention.macs],
-        }
-        for name, profile in machine.profiles.items()
-    }
-    return {
-        "profiles": profiles,
-        "disk": machine.disk,
-        "convert": machine.convert,
-        "cached": machine.cached,
-    }
-
-
-def _from_json(stored: dict[str, Any]) -> Machine:
+def _from_json(figures: dict[str, Any]) -> Machine:
     profiles = {}
-    for name, known in stored["profiles"].items():
-        rates = tuple((form, Rate(float(a), float(b), float(c))) for form, (a, b, c) in known["rates"].items())
-        link = None if known["link"] is None else float(known["link"])
-        attention = known["attention"] and Rate(*map(float, known["attention"]))
-        profiles[name] = Profile(rates, float(known["layer_overhead"]), link, int(known["runtime"]), attention)
-    disk, convert, cached = (float(stored[key]) for key in ("disk", "convert", "cached"))
-    return Machine(profiles, disk, convert, cached=cached)
+    for name, known in figures["profiles"].items():
+        rates = tuple((form, Rate(**rate)) for form, rate in known["rates"])
+        profiles[name] = Profile(
+            **known | {"rates": rates, "attention": known["attention"] and Rate(**known["attention"])}
+        )
+    return Machine(**figures | {"profiles": profiles})
 
 
 def _best(run: Callable[[], object], tries: int) -> float:

@@ -66,7 +66,8 @@ def bits(format: str) -> float:
 class Machine:
     """Profiles by device name, the host as "cpu". `disk`: bytes/s read; `convert`: values/s packed into another format;
     `measured`: whether the host's profile was measured here. The system keeps files of up to `cache` bytes in memory
-    that nobody else wants, from where they come with `cached` bytes/s."""
+    that nobody else wants, from where they come with `cached` bytes/s. `actuals`: the runs that have corrected what a
+    process takes, in words."""
 
     profiles: Mapping[str, Profile]
     disk: float
@@ -74,6 +75,7 @@ class Machine:
     measured: bool = True
     cache: int = 0
     cached: float = 4e9
+    actuals: str = ""
 
     def in_cache(self, nbytes: int) -> bool:
         """Whether a file of so many bytes that is read over and over stays in the system's memory."""

@@ -41,16 +41,19 @@ _promised = 0  # bytes of scratch memory that the CPU's kernels may keep, by the
 def promise_scratch(spec: ModelSpec, limits: Limits) -> None:
     """Note what a plan says of the memory that the CPU's kernels keep, beyond what they have by now."""
     global _promised
+    _promised = max(_promised, scratch_held() + BuiltKernels().scratch_bytes(spec, limits))
+
+
+def scratch_held() -> int:
+    """Bytes that the CPU's kernels keep."""
     from chandra.backends.cpu import _cpu
 
-    _promised = max(_promised, _cpu.scratch_held() + BuiltKernels().scratch_bytes(spec, limits))
+    return _cpu.scratch_held()
 
 
 def check_scratch() -> None:
     """Raise BudgetExceeded if the CPU's kernels keep more than was promised."""
-    from chandra.backends.cpu import _cpu
-
-    held = _cpu.scratch_held()
+    held = scratch_held()
     if held > _promised:
         raise BudgetExceeded(
             f"cpu: the kernels keep {format_size(held)} of workspace, {format_size(_promised)} were planned",
