@@ -65,7 +65,7 @@ def assemble(found: Found, devices: Sequence[Device], reserve: int) -> Plan:
         chunk=candidate.chunk,
         micro_rows=micro_rows,
         max_num_seqs=candidate.max_num_seqs,
-        max_logit_rows=candidate.max_logit_rows,
+        max_logit_rows=candidate.max_num_seqs,
         predictions=(*predictions, *([Prediction(HOST, Kind.SWAP, swapped)] if swapped else [])),
         loading=_loading(candidate, parts, predictions),
         speed=speed,
@@ -98,25 +98,24 @@ def _at(device: str) -> Placement:
 def _parts(found: Found) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     """Layers, and experts that lie apart from them."""
     candidate, split, offload = found.candidate, found.split, found.offload
-    owner = [device for device, count in zip(split.order, split.counts, strict=True) for _ in range(count)]
-    device = offload.first or HOST if offload else ""
-    owner = [device] * split.off + owner
+    owner = [offload.first or HOST if offload else ""] * split.off
+    owner += [device for device, count in zip(split.order, split.counts, strict=True) for _ in range(count)]
     end = split.off + split.counts[0] if offload and offload.first else split.off
     moved, read = offload.moved(split.off, end) if offload else ((), ())
     layers, experts = [], []
     for index, device in enumerate(owner):
         label, on_disk = f"layers.{index}", index in read
         if offload is None or index not in moved:
-            layers.append(Part(label, _at(device), device, candidate.pieces(device).layer(index)))
+            layers.append(Part(label, _at(device), device, int(candidate.pieces(device).layers[index])))
             continue
         if offload.mode == "experts":
-            layers.append(Part(label, "resident", device, candidate.pieces(device).dense[index]))
-            nbytes = (candidate.sizes.packed if on_disk else candidate.sizes.host).experts[index]
+            layers.append(Part(label, "resident", device, int(candidate.pieces(device).dense[index])))
+            nbytes = int((candidate.sizes.packed if on_disk else candidate.sizes.host).experts[index])
             experts.append(Part(f"{label}.experts", "disk" if on_disk else "host", HOST, nbytes))
         else:
             kept: Placement = "disk" if on_disk else offload.mode
             pieces = candidate.sizes.packed if on_disk else candidate.pieces(device)
-            layers.append(Part(label, kept, device, pieces.layer(index)))
+            layers.append(Part(label, kept, device, int(pieces.layers[index])))
     return tuple(layers), tuple(experts)
 
 

@@ -76,12 +76,10 @@ def discover(request: PlanRequest, settings: Settings, vocab_size: int = 0) -> t
     cap = next(device.cap for device in devices if device.name == "cpu")
     machine = replace(machine, profiles=measured | {"cpu": host}, cache=max(0, memory_available() + taken - cap))
     machine = machine_with(replace(machine, actuals=str(actuals) if actuals else ""), devices)
-    contexts = {
-        d.name: actuals.of(f"context {d.name.split('/')[0]}", machine.of(d.name).runtime)
-        for d in devices
-        if d.kind == "cuda"
-    }
-    profiles = {name: replace(p, runtime=contexts.get(name, p.runtime)) for name, p in machine.profiles.items()}
+    profiles = dict(machine.profiles)
+    for name in (device.name for device in devices if device.kind == "cuda"):
+        context = actuals.of(f"context {name.split('/')[0]}", profiles[name].runtime)
+        profiles[name] = replace(profiles[name], runtime=context)
     return devices, replace(machine, profiles=profiles)
 
 
@@ -166,12 +164,11 @@ def calibrate(settings: Settings, quick: bool = False) -> Machine:
 
 def _identity(settings: Settings) -> dict[str, Any]:
     """What a calibration is good for."""
+    model, cores = platform.processor(), settings.threads or usable_cores()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-        cores = settings.threads or usable_cores()
-        return {"cpu": model, "cores": cores, "isa": settings.cpu or "best", "version": VERSION}
-    return {"cpu": platform.processor(), "cores": os.cpu_count(), "isa": settings.cpu, "version": VERSION}
+    return {"cpu": model, "cores": cores, "isa": settings.cpu or "best", "version": VERSION}
 
 
 def _from_json(figures: dict[str, Any]) -> Machine:

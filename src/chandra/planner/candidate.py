@@ -26,6 +26,9 @@ HOST = "cpu"
 TORCH = 200 << 20  # bytes that the process grows by when it imports torch
 HOP = 2e-5  # seconds to hand the hidden state to the next device
 
+# 0: everything on the GPUs (or, without any, in host memory); 1: the rest in host memory; 2: and on disk; 3: without
+# GPUs, embedding and head on disk as well
+Spill = int
 Number = float | np.ndarray[Any, np.dtype[Any]]
 
 
@@ -41,8 +44,13 @@ class Candidate:
     max_num_seqs: int
     machine: Machine
     swap: int | None = None  # bytes of swap space asked for
-    outer_on_disk: bool = False  # embedding and head stay in the file
+    spill: Spill = 0
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def outer_on_disk(self) -> bool:
+        """Whether embedding and head stay in the file."""
+        return self.spill == 3
 
     @property
     def num_layers(self) -> int:
@@ -53,10 +61,6 @@ class Candidate:
         if device not in self._cache:
             self._cache[device] = self.machine.of(device).rate(self.sizes.mix)
         return cast(Rate, self._cache[device])
-
-    @property
-    def max_logit_rows(self) -> int:
-        return self.max_num_seqs
 
     def pieces(self, device: str) -> Pieces:
         """Bytes of the weights as this device keeps them."""
@@ -94,7 +98,7 @@ class Candidate:
         key = ("least", device)
         if key not in self._cache:
             seconds = self.request_seconds(device)
-            for gpu in gpus if device == HOST and any(self.sizes.packed.experts) else ():
+            for gpu in gpus if device == HOST and self.sizes.packed.experts.any() else ():
                 seconds = np.minimum(seconds, self.request_seconds(gpu.name, apart=True))
             self._cache[key] = float((seconds / self.least_need).min())
         return cast(float, self._cache[key])
@@ -108,14 +112,14 @@ class Candidate:
     def workspace(self, device: str, head: bool, layers: Sequence[int] | None = None) -> int:
         """Bytes of the decoder's buffers on a device, and of what a GPU's backend keeps. `layers`: those held; None:
         any of them."""
-        spec, rows = self.model.spec, self.max_logit_rows if head else 0
+        spec, rows = self.model.spec, self.max_num_seqs if head else 0
         scratch = None if self._on_cpu(device) else self.model.kernels.gpu_scratch(spec, self.limits, BLOCK_SIZE)
         own = scratch.nbytes if scratch else 0
         return own + workspace_bytes(spec, range(spec.num_layers) if layers is None else layers, self.chunk, rows)
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.chunk, self.max_num_seqs, self.workload.context, self.max_logit_rows)
+        return Limits(self.chunk, self.max_num_seqs, self.workload.context, self.max_num_seqs)
 
     def ropes(self, layers: Sequence[int] | None = None) -> int:
         """Bytes of the rotary embedding's frequencies for these layers; None: for all."""
@@ -143,7 +147,7 @@ class Candidate:
         sizes, rate, host, profile = self.sizes, self.rate(device), self.rate(HOST), self.machine.of(device)
         _, _, windows, heads = self.model.attention
         seen = np.minimum(context, windows)
-        macs, read = rows * sizes.per_layer.dense_macs, sizes.packed.dense_array
+        macs, read = rows * sizes.dense_macs, sizes.packed.dense
         scored, cached = rows * 2 * heads * np.minimum(seen, (context + rows) / 2), sequences * seen * self.kv_token
         expert_macs: Number = 0.0
         elsewhere: Number = 0.0
@@ -151,9 +155,9 @@ class Candidate:
             macs, read = macs + scored, read + cached
         else:
             elsewhere = np.maximum(cached / profile.attention.bandwidth, scored / profile.attention.macs)
-        if any(sizes.packed.experts):
+        if sizes.packed.experts.any():
             experts = sizes.packed.layers - read
-            used, expert_macs = experts * (1 - sizes.per_layer.idle**rows), rows * sizes.per_layer.expert_macs
+            used, expert_macs = experts * (1 - sizes.idle**rows), rows * sizes.expert_macs
             if apart:
                 hops = self.machine.host.layer_overhead + 2 * HOP
                 apart_seconds = np.maximum(used / host.bandwidth, expert_macs / host.macs) + hops
@@ -228,7 +232,7 @@ class Candidate:
         if not self.outer_on_disk:
             return 0
         rows, vocab = piece_rows(self.model.spec.vocab_size), self.model.spec.vocab_size
-        pieces = min(SLOTS * rows, vocab) * (self.table_bytes // vocab) + FLOAT * self.max_logit_rows * rows
+        pieces = min(SLOTS * rows, vocab) * (self.table_bytes // vocab) + FLOAT * self.max_num_seqs * rows
         return pieces + lookup_bytes(self.chunk, self.sizes.packed.embedding)
 
     def head_seconds(self, device: str) -> float:
@@ -288,8 +292,8 @@ class Candidate:
             return Offload(mode, gpu, disk_layers, seconds, np.zeros(1), need, on_disk(packed.layers))
         resident, kept = sums(self.request_seconds(gpu)), sums(self.weights(gpu) + self.kv_need)
         first_need = (sums(self.pieces(gpu).dense + self.kv_need) - kept)[:, None] + kept
-        need = sums(host.experts_array) - on_disk(host.streamed_experts) + staging
-        read = on_disk(packed.experts_array)
+        need = sums(host.experts) - on_disk(host.streamed_experts) + staging
+        read = on_disk(packed.experts)
         return Offload(
             mode, gpu, disk_layers, (seconds - resident)[:, None] + resident, first_need, need[:, None], read[:, None]
         )
@@ -319,7 +323,7 @@ class Candidate:
         """Bytes of each layer, or of its `experts`, that a step of so many rows brings to a device, in its layout. The
         CPU reads no experts that the rows do not use."""
         pieces = self.pieces(device)
-        used = 1 - self.sizes.per_layer.idle**rows if device == HOST else 1.0
+        used = 1 - self.sizes.idle**rows if device == HOST else 1.0
         dense = 0.0 if experts else pieces.streamed - pieces.streamed_experts
         return cast(Floats, dense + used * pieces.streamed_experts)
 

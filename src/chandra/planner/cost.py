@@ -6,6 +6,7 @@ larger of the two. Copies overlap compute, so a streamed layer takes the larger 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -82,7 +83,6 @@ class Machine:
         return nbytes <= self.cache
 
     def disk_rate(self, nbytes: int) -> float:
-        """Bytes/s of such a file."""
         return self.cached if self.in_cache(nbytes) else self.disk
 
     @property
@@ -126,22 +126,19 @@ def waiting(layers: Sequence[tuple[str, float, float]], rest: float) -> float:
     there, and seconds that they need on that way: 0 for what is there. Things come one at a time by each way, ahead, to
     one of SLOTS places, each of which is free again once its layer has computed. `rest`: seconds of a step besides.
     """
-    clock = waited = 0.0
-    arrived: dict[str, float] = {}
-    done: dict[str, list[float]] = {}
+    clock = began = 0.0
+    arrived: dict[str, float] = defaultdict(float)
+    free: dict[str, list[float]] = defaultdict(lambda: [0.0] * SLOTS)
     for _ in range(3):  # until it is the same in every step
-        waited = 0.0
+        began = clock
         for way, busy, bringing in layers:
             if bringing:
-                places = done.setdefault(way, [0.0] * SLOTS)
-                arrived[way] = max(arrived.get(way, 0.0), places.pop(0)) + bringing
-                wait = max(0.0, arrived[way] - clock)
-                clock, waited = clock + wait + busy, waited + wait
-                places.append(clock)
-            else:
-                clock += busy
+                arrived[way] = max(arrived[way], free[way].pop(0)) + bringing
+                clock = max(clock, arrived[way])
+                free[way].append(clock + busy)
+            clock += busy
         clock += rest
-    return waited
+    return max(0.0, clock - began - rest - sum(busy for _, busy, _ in layers))
 
 
 def crossover_tokens(host: Rate, link: float | None, bytes_per_value: float) -> int:

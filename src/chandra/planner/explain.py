@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from chandra.memory.device import Device, format_size
 from chandra.memory.plan import Plan
 from chandra.planner.assemble import assemble
-from chandra.planner.candidate import HOST
 from chandra.planner.cost import Machine, machine_with
-from chandra.planner.planner import KV_TYPES, Constraints, Found, search
-from chandra.planner.refuse import largest, same_kind, smallest_cap, with_cap
+from chandra.planner.planner import KV_TYPES, Constraints, Found, packs, search
+from chandra.planner.refuse import lacking, largest
 from chandra.planner.sizes import PlannableModel
 
 MATTERS = 1.1  # a change of speed below this is not worth a line
@@ -63,10 +62,8 @@ class _Neighbours:
         found = search(self.model, devices or self.devices, self.machine, c)
         return assemble(found, devices or self.devices, c.reserve) if found else None
 
-    def gain(self, other: Plan | None) -> str:
+    def gain(self, other: Plan) -> str:
         """What a plan gains over this one, in words; empty if that is not worth a line."""
-        if other is None:
-            return ""
         now, then = self.made.speed.decode, other.speed.decode
         layers = offloaded(self.made) - offloaded(other)
         if then < MATTERS * now or layers <= 0:
@@ -77,38 +74,36 @@ class _Neighbours:
 
     def shorter(self) -> Iterator[str]:
         """The longest of a few shorter contexts that brings everything home, or else the first that helps."""
-        helps = []
-        for scale in SCALES:
-            context = int(self.made.workload.context * scale) // 256 * 256
-            other = self.plan(replace(self.same, context=context)) if context else None
-            if other is not None and (gain := self.gain(other)):
-                helps.append((offloaded(other), -context, gain))
-        if helps:
-            _, context, gain = min(helps)
-            yield f"context {-context} instead of {self.made.workload.context} brings {gain}"
+        now = self.made.workload.context
+        contexts = [n for n in (int(now * scale) // 256 * 256 for scale in SCALES) if n]
+        yield from self.best(
+            (f"context {n} instead of {now} brings", replace(self.same, context=n), "") for n in contexts
+        )
 
     def other_cache(self) -> Iterator[str]:
-        for kv_type in KV_TYPES[1:]:
-            richer = self.made.kv_type in KV_TYPES[: KV_TYPES.index(kv_type)]
-            if richer and self.packs(kv_type) and (gain := self.gain(self.plan(replace(self.same, kv_type=kv_type)))):
-                yield f"a {kv_type} cache brings {gain}"
-
-    def packs(self, kv_type: str) -> bool:
-        return kv_type != "q8_0" or not any(x.attention.head_dim % 32 for x in self.model.spec.layers)
+        at = KV_TYPES.index(self.made.kv_type) + 1 if self.made.kv_type in KV_TYPES else len(KV_TYPES)
+        for kv_type in (kind for kind in KV_TYPES[at:] if packs(kind, self.model.spec)):
+            yield from self.best([(f"a {kv_type} cache brings", replace(self.same, kv_type=kv_type), "")])
 
     def smaller_format(self) -> Iterator[str]:
-        """The best format that brings everything home, or else the smallest."""
-        at = [v.label for v in self.model.variants].index(self.made.format)
-        last = ""
-        for sizes in self.model.variants[at + 1 :]:
-            other = self.plan(replace(self.same, format=sizes.label))
-            if other is not None and (gain := self.gain(other)):
-                loss = ", at a loss of quality that shows" if sizes.low_quality else ""
-                last = f"{sizes.label} weights bring {gain}{loss}"
-                if not offloaded(other):
+        """The best format that brings everything home, or else the one that helps most."""
+        at, loss = [v.label for v in self.model.variants].index(self.made.format), ", at a loss of quality that shows"
+        yield from self.best(
+            (f"{v.label} weights bring", replace(self.same, format=v.label), loss if v.low_quality else "")
+            for v in self.model.variants[at + 1 :]
+        )
+
+    def best(self, changes: Iterable[tuple[str, Constraints, str]]) -> Iterator[str]:
+        """The first change, of those worth knowing, that leaves least offloaded."""
+        found: tuple[int, str] | None = None
+        for words, c, loss in changes:
+            other = self.plan(c)
+            if other is not None and (gain := self.gain(other)) and (not found or offloaded(other) < found[0]):
+                found = offloaded(other), f"{words} {gain}{loss}"
+                if not found[0]:
                     break
-        if last:
-            yield last
+        if found:
+            yield found[1]
 
     def better_format(self) -> Iterator[str]:
         """How much more memory lets the next better format in."""
@@ -119,24 +114,14 @@ class _Neighbours:
 
     def more_memory(self, c: Constraints, what: str) -> Iterator[str]:
         """The device that lacks least for `what` to lie on the GPUs (or, without any, in host memory) as a whole."""
-        lacks = []
-        for index, device in enumerate(self.devices):
-            alone = len(self.devices) == 1
-            if (device.name == HOST and not alone) or any(same_kind(device, d) for d in self.devices[:index]):
-                continue
-
-            def whole(cap: int, index: int = index) -> bool:
-                return self.whole(replace(c, objective="quality"), with_cap(self.devices, index, cap))
-
-            cap = smallest_cap(whole, device.cap)
-            if cap is not None:
-                lacks.append((cap - device.cap, device.name, with_cap(self.devices, index, cap)))
+        c = replace(c, objective="quality")
+        lacks = [*lacking(self.devices, max(1, len(self.devices) - 1), lambda devices: self.whole(c, devices))]
         if lacks:
-            more, name, devices = min(lacks, key=lambda lack: lack[0])
-            other = self.plan(replace(c, objective="quality"), devices)
+            more, device, devices = min(lacks, key=lambda lack: lack[0])
+            other = self.plan(c, devices)
             if other is not None and more < sum(device.cap for device in self.devices):
                 speed = f"{self.made.speed.decode:.3g} -> {other.speed.decode:.3g} tokens/s"
-                yield f"{format_size(more)} more on {name} lets {what} in: {speed}"
+                yield f"{format_size(more)} more on {device.name} lets {what} in: {speed}"
 
     def whole(self, c: Constraints, devices: Sequence[Device]) -> bool:
         found: Found | None = search(self.model, devices, self.machine, c)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from chandra.config import SAMPLING
 from chandra.errors import BudgetExceeded
@@ -61,50 +61,31 @@ def check_scratch() -> None:
         )
 
 
-class Kernels(Protocol):
-    """Bytes that no tensor table knows."""
+class Kernels:
+    """Bytes that no tensor table knows: here of devices that compute with weights as they are stored."""
 
     def weight_bytes(self, format: str, shape: tuple[int, ...]) -> int:
         """Bytes of a weight in the layout that the CPU's kernels want."""
-        ...
-
-    def in_place(self, format: str, shape: tuple[int, ...]) -> bool:
-        """Whether a weight can be used as it is stored, in a file."""
-        ...
-
-    def scratch_bytes(self, spec: ModelSpec, limits: Limits) -> int:
-        """Bytes the CPU's kernels keep for themselves in such steps."""
-        ...
-
-    def gpu_weight_bytes(self, format: str, shape: tuple[int, ...]) -> int:
-        """Bytes of a weight in the layout that a GPU's kernels want."""
-        ...
-
-    def gpu_scratch(self, spec: ModelSpec, limits: Limits, block_size: int) -> Scratch | None:
-        """What the backend of a GPU keeps for itself in such steps."""
-        ...
-
-
-class PlainKernels:
-    """Devices that compute with weights as they are stored."""
-
-    def weight_bytes(self, format: str, shape: tuple[int, ...]) -> int:
         return packed_bytes(format, shape)
 
     def in_place(self, format: str, shape: tuple[int, ...]) -> bool:  # noqa: ARG002
+        """Whether a weight can be used as it is stored, in a file."""
         return True
 
     def scratch_bytes(self, spec: ModelSpec, limits: Limits) -> int:  # noqa: ARG002
+        """Bytes the CPU's kernels keep for themselves in such steps."""
         return 0
 
     def gpu_weight_bytes(self, format: str, shape: tuple[int, ...]) -> int:
+        """Bytes of a weight in the layout that a GPU's kernels want."""
         return packed_bytes(format, shape)
 
     def gpu_scratch(self, spec: ModelSpec, limits: Limits, block_size: int) -> Scratch | None:  # noqa: ARG002
+        """What the backend of a GPU keeps for itself in such steps."""
         return None
 
 
-class BuiltKernels:
+class BuiltKernels(Kernels):
     """The C++ and Triton kernels of this build."""
 
     def __init__(self) -> None:
@@ -175,7 +156,7 @@ def host_workspace(
     return indices + SAMPLING * spec.vocab_size + passing + scratch
 
 
-PLAIN = PlainKernels()
+PLAIN = Kernels()
 
 
 @cache

@@ -6,17 +6,19 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 
 from chandra.errors import UsageError
 from chandra.memory.device import Device
 from chandra.memory.plan import Objective, Workload
-from chandra.planner.candidate import HOP, HOST, Candidate
+from chandra.models.spec import ModelSpec
+from chandra.planner.candidate import HOP, HOST, Candidate, Spill
 from chandra.planner.cost import Machine
 from chandra.planner.kernels import PIECE
 from chandra.planner.placement import BALANCE, Floats, Mode, Offload, Place, Split, Splitter, least_cost, stage_bounds
-from chandra.planner.sizes import ModelSizes, PlannableModel
+from chandra.planner.sizes import PlannableModel
 
 CONTEXTS = (8192, 4096, 2048, 1024, 512)  # tried when the user names none
 SHORT_CONTEXT = 4096  # below it a better format is not worth the loss
@@ -26,10 +28,6 @@ PARALLEL = (1, 2, 4, 8, 16, 32)
 SEQUENCES = 8  # shorter ones share the cache of `parallel` long ones, up to so many
 DISK_STEPS = 16
 _INF = float("inf")
-
-# 0: everything on the GPUs (or, without any, in host memory); 1: the rest in host memory; 2: and on disk; 3: without
-# GPUs, embedding and head on disk as well
-Spill = int
 
 
 @dataclass(frozen=True)
@@ -65,18 +63,6 @@ class Found:
     def whole(self) -> bool:
         """Whether nothing is offloaded."""
         return self.score[0] % 2 == 0 and not self.split.off
-
-
-@dataclass(frozen=True)
-class _Option:
-    """A candidate to be, and where its layers may lie."""
-
-    sizes: ModelSizes
-    context: int
-    kv_type: str
-    chunk: int
-    parallel: int
-    spill: Spill
 
 
 def check(model: PlannableModel, devices: Sequence[Device], c: Constraints) -> None:
@@ -121,12 +107,12 @@ def check(model: PlannableModel, devices: Sequence[Device], c: Constraints) -> N
 
 def search(model: PlannableModel, devices: Sequence[Device], machine: Machine, c: Constraints) -> Found | None:
     """The feasible candidate with the smallest score, or None. `devices` includes the host, named "cpu"."""
-    groups: dict[tuple[float, ...], list[_Option]] = defaultdict(list)
-    for option in _options(model, c, len(devices) > 1):
-        groups[_rank(option, model, c)].append(option)
+    groups: dict[tuple[float, ...], list[Candidate]] = defaultdict(list)
+    for candidate in _candidates(model, machine, c, len(devices) > 1):
+        groups[_rank(candidate, c)].append(candidate)
     allowed = {device.name: _allowed(c.layers, device.name, model.spec.num_layers) for device in devices}
     for rank in sorted(groups):
-        sites = [site for option in groups[rank] for site in _sites(model, option, devices, machine, c, allowed)]
+        sites = [site for candidate in groups[rank] for site in _sites(candidate, devices, c, allowed)]
         best: Found | None = None
         for site in sorted(sites, key=lambda site: site.floor):
             least = best.score[-1] if best else float("inf")
@@ -143,42 +129,47 @@ def search(model: PlannableModel, devices: Sequence[Device], machine: Machine, c
     return None
 
 
-def _options(model: PlannableModel, c: Constraints, has_gpus: bool) -> Iterator[_Option]:
+def _candidates(model: PlannableModel, machine: Machine, c: Constraints, has_gpus: bool) -> Iterator[Candidate]:
     """Every combination that keeps the constraints."""
     longest = model.spec.max_position
     contexts = [c.context] if c.context else sorted({min(longest, n) for n in CONTEXTS}, reverse=True)
     enough = [n for n in contexts if n >= min(SHORT_CONTEXT, longest)]
     parallels = (c.parallel,) if c.parallel else PARALLEL if c.objective == "throughput" else (1,)
     chunks = (c.chunk,) if c.chunk else tuple(n for n in CHUNKS if n >= min(parallels)) or parallels
+    kv_types = (c.kv_type,) if c.kv_type else KV_TYPES
     spills: list[Spill] = [0] if not has_gpus else [0, 1] if c.objective == "quality" else [1]
     for sizes in model.variants:
         if c.format is not None and sizes.label.lower() != c.format.lower():
             continue
         for spill in [*spills, *(([2] if has_gpus else [2, 3]) if c.disk and sizes.on_disk else [])]:
-            for context in contexts:
+            for context, kv_type, chunk, parallel in product(contexts, kv_types, chunks, parallels):
                 if (spill or c.objective != "quality") and context in enough[:-1]:
                     continue  # what does not fit, or is to be fast, does not get more context than it needs
-                for kv_type in (c.kv_type,) if c.kv_type else KV_TYPES:
-                    if kv_type == "q8_0" and any(layer.attention.head_dim % 32 for layer in model.spec.layers):
-                        continue
-                    for chunk in chunks:
-                        for parallel in (n for n in parallels if n <= chunk):
-                            yield _Option(sizes, context, kv_type, chunk, parallel, spill)
+                if packs(kv_type, model.spec) and parallel <= chunk:
+                    w = Workload(context, parallel, c.objective, min(c.prompt, context))
+                    sequences = min(max(parallel, SEQUENCES), chunk)
+                    yield Candidate(model, sizes, w, kv_type, chunk, sequences, machine, c.swap, spill)
 
 
-def _rank(option: _Option, model: PlannableModel, c: Constraints) -> tuple[float, ...]:
+def packs(kv_type: str, spec: ModelSpec) -> bool:
+    """Whether the cache can be of a type that the planner chooses."""
+    return kv_type != "q8_0" or not any(layer.attention.head_dim % 32 for layer in spec.layers)
+
+
+def _rank(candidate: Candidate, c: Constraints) -> tuple[float, ...]:
     """What comes before speed. For quality: the best format that lies on the GPUs as a whole, then the longer context,
     the richer cache, the larger chunk; what does not fit as a whole is ranked by speed, and so are the other
     objectives. Formats of low quality, short contexts and the disk come last."""
-    low = option.sizes.low_quality and len(model.variants) > 1 and c.format is None
-    short = option.context < min(SHORT_CONTEXT, model.spec.max_position) and c.context is None
-    kind = 8 * max(0, option.spill - 1) + 4 * low + 2 * short
+    variants, spill, context = candidate.model.variants, candidate.spill, candidate.workload.context
+    low = candidate.sizes.low_quality and len(variants) > 1 and c.format is None
+    short = context < min(SHORT_CONTEXT, candidate.model.spec.max_position) and c.context is None
+    kind = 8 * max(0, spill - 1) + 4 * low + 2 * short
     if c.objective != "quality":
-        return (kind, 0, -option.context if short else 0, 0, 0)
-    kv_rank = KV_TYPES.index(option.kv_type) if option.kv_type in KV_TYPES else 0
-    if option.spill:
-        return (kind + 1, 0, -option.context, kv_rank, 0)
-    return (kind, model.variants.index(option.sizes), -option.context, kv_rank, -option.chunk)
+        return (kind, 0, -context if short else 0, 0, 0)
+    kv_rank = KV_TYPES.index(candidate.kv_type) if candidate.kv_type in KV_TYPES else 0
+    if spill:
+        return (kind + 1, 0, -context, kv_rank, 0)
+    return (kind, variants.index(candidate.sizes), -context, kv_rank, -candidate.chunk)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +179,6 @@ class _Site:
     candidate: Candidate
     devices: Sequence[Device]
     head: Device
-    spill: Spill
     room: Mapping[str, float]  # bytes of each device for layers and their cache
     allowed: Mapping[str, Sequence[bool]]
     hosted: bool  # runs of layers may lie on the host as on any device
@@ -217,13 +207,13 @@ class _Site:
             fixed = self.head_seconds if device is self.head else 0.0
             if device.name != HOST or self.hosted:
                 stages.append((candidate.layer_seconds(device.name), fixed))
-            if device.name == HOST and self.spill:
+            if device.name == HOST and self.candidate.spill:
                 places.append((rate, _INF, -_INF))
             elif device.name != HOST or self.hosted:
                 places.append((rate, room, fixed))
         bounds, total = stage_bounds(stages), float(candidate.least_need.sum())
         cost = least_cost(total, places, bounds)
-        if self.spill and self.gpus:
+        if self.candidate.spill and self.gpus:
             cost = np.minimum(cost, self._streamed_floor(total, [p for p in places if p[1] < _INF], bounds))
         return bounds, cost + self.head_seconds
 
@@ -254,43 +244,35 @@ class _Site:
     def offloads(self, c: Constraints, splitter: Splitter) -> Iterator[Offload | None]:
         """Ways to hold what does not lie on a device. The user's own ranges leave nothing to offload."""
         candidate, count = self.candidate, self.candidate.num_layers
-        if self.spill < 2 or 0 < self.outer <= c.disk:
+        if self.candidate.spill < 2 or 0 < self.outer <= c.disk:
             yield None
-        if not self.spill or c.layers:
+        if not self.candidate.spill or c.layers:
             return
         if not self.gpus:
             yield candidate.offload("host", HOST, count)
             return
         for n in (
-            sorted({-(-count * step // DISK_STEPS) for step in range(1, DISK_STEPS + 1)}) if self.spill > 1 else [0]
+            sorted({-(-count * step // DISK_STEPS) for step in range(1, DISK_STEPS + 1)})
+            if self.candidate.spill > 1
+            else [0]
         ):
             if "host" in c.modes:
                 yield candidate.offload("host", None, n)
             for name in splitter.firsts():
                 if "stream" in c.modes:
                     yield candidate.offload("stream", name, n)
-                if "experts" in c.modes and any(candidate.sizes.packed.experts):
+                if "experts" in c.modes and candidate.sizes.packed.experts.any():
                     yield candidate.offload("experts", name, n)
 
 
 def _sites(
-    model: PlannableModel,
-    option: _Option,
-    devices: Sequence[Device],
-    machine: Machine,
-    c: Constraints,
-    allowed: Mapping[str, Sequence[bool]],
+    candidate: Candidate, devices: Sequence[Device], c: Constraints, allowed: Mapping[str, Sequence[bool]]
 ) -> Iterator[_Site]:
-    """The option with each device that may have the head; of devices that differ in nothing but their names the last
+    """The candidate with each device that may have the head; of devices that differ in nothing but their names the last
     one, where the last layers will lie."""
-    workload = Workload(option.context, option.parallel, c.objective, min(c.prompt, option.context))
-    sequences = min(max(option.parallel, SEQUENCES), option.chunk)
-    candidate = Candidate(
-        model, option.sizes, workload, option.kv_type, option.chunk, sequences, machine, c.swap, option.spill == 3
-    )
-    if option.spill < 2 and candidate.least_need.sum() > sum(device.cap for device in devices):
+    alone, spill, machine = len(devices) == 1, candidate.spill, candidate.machine
+    if spill < 2 and candidate.least_need.sum() > sum(device.cap for device in devices):
         return
-    alone, spill = len(devices) == 1, option.spill
     steps = candidate.host_workspace(device.name for device in devices)
     heads = {
         (d.cap, d.kind, machine.of(d.name), allowed[d.name]): d for d in devices if d.name != HOST or spill or alone
@@ -304,7 +286,7 @@ def _sites(
             room[device.name] = float(device.cap - taken)
         room[HOST] -= steps + PIECE + _loading(candidate, devices, spill >= 2, steps) + (c.swap or 0)
         if min(room[HOST], room[head.name]) >= 0:
-            yield _Site(candidate, devices, head, spill, room, allowed, hosted)
+            yield _Site(candidate, devices, head, room, allowed, hosted)
 
 
 def _loading(candidate: Candidate, devices: Sequence[Device], disk: bool, steps: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from chandra.errors import DoesNotFit
@@ -52,17 +52,8 @@ def smaller_requests(model: PlannableModel, devices: Sequence[Device], machine: 
 
 def more_memory(model: PlannableModel, devices: Sequence[Device], machine: Machine, c: Constraints) -> list[str]:
     """For each device, how large it would have to be, those that lack least first; or for all of them together."""
-    lacks = []
-    for index, device in enumerate(devices):
-        if any(same_kind(device, other) for other in devices[:index]):
-            continue
-
-        def fits(cap: int, index: int = index) -> bool:
-            return search(model, with_cap(devices, index, cap), machine, c) is not None
-
-        cap = smallest_cap(fits, device.cap)
-        if cap is not None:
-            lacks.append((cap - device.cap, f"with {format_size(cap)} on {device.name}"))
+    found = lacking(devices, len(devices), lambda larger: search(model, larger, machine, c) is not None)
+    lacks = [(more, f"with {format_size(device.cap)} on {device.name}") for more, device, _ in found]
     if not c.disk:
         total = model.variants[-1].packed.total
         if search(model, devices, machine, replace(c, disk=total)):
@@ -78,12 +69,20 @@ def more_memory(model: PlannableModel, devices: Sequence[Device], machine: Machi
     return [text for _, text in sorted(lacks)]
 
 
-def same_kind(a: Device, b: Device) -> bool:
-    return replace(a, name="") == replace(b, name="")
+def lacking(
+    devices: Sequence[Device], count: int, fits: Callable[[Sequence[Device]], bool]
+) -> Iterator[tuple[int, Device, Sequence[Device]]]:
+    """For one device of each kind among the first `count`: the bytes it lacks for what is wanted to fit, the device
+    with them, and all devices then."""
+    for index, device in enumerate(devices[:count]):
 
+        def larger(cap: int, index: int = index) -> list[Device]:
+            return [replace(d, cap=cap) if i == index else d for i, d in enumerate(devices)]
 
-def with_cap(devices: Sequence[Device], index: int, cap: int) -> list[Device]:
-    return [replace(device, cap=cap) if i == index else device for i, device in enumerate(devices)]
+        if not any(replace(d, name="") == replace(device, name="") for d in devices[:index]):
+            cap = smallest_cap(lambda cap, larger=larger: fits(larger(cap)), device.cap)  # type: ignore[misc]
+            if cap is not None:
+                yield cap - device.cap, larger(cap)[index], larger(cap)
 
 
 def smallest_cap(fits: Callable[[int], bool], cap: int) -> int | None:

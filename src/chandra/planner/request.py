@@ -50,15 +50,11 @@ class PlanRequest:
     def with_defaults(self, settings: Settings) -> PlanRequest:
         """What was not said is taken from the environment."""
         said_where = self.device or self.host or self.budget
-        return replace(
-            self,
-            device=self.device if said_where else settings.devices,
-            host=self.host if said_where else settings.host,
-            budget=self.budget if said_where else settings.budget,
-            ctx=self.ctx or settings.context,
-            parallel=self.parallel or settings.parallel,
-            kv_type=self.kv_type or settings.kv_type,
-        )
+        asked = replace(self, ctx=self.ctx or settings.context, parallel=self.parallel or settings.parallel)
+        asked = replace(asked, kv_type=self.kv_type or settings.kv_type)
+        if said_where:
+            return asked
+        return replace(asked, device=settings.devices, host=settings.host, budget=settings.budget)
 
     def constraints(self) -> Constraints:
         """Raises UsageError for values that cannot be meant."""

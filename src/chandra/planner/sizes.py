@@ -32,47 +32,51 @@ FILE_TYPES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Pieces:
-    """Bytes of each piece. `dense[i]`: weights of layer i that every token reads; `experts[i]`: all its experts, with
-    their router and norms. A tied head reads the embedding and adds nothing to `head` but the final norm.
+    """Bytes of each piece of a model with so many layers. `dense[i]`: weights of layer i that every token reads;
+    `experts[i]`: all its experts, with their router and norms. A tied head reads the embedding and adds nothing to
+    `head` but the final norm.
 
     `small_dense[i]`, `small_experts[i]`, `small_head`: those of norms, biases and the router, which stay where they are
     used even if the others are streamed.
     """
 
-    embedding: int
-    head: int
-    dense: tuple[int, ...]
-    experts: tuple[int, ...]
-    small_dense: tuple[int, ...]
-    small_experts: tuple[int, ...]
-    small_head: int
+    num_layers: int
+    embedding: int = 0
+    head: int = 0
+    small_head: int = 0
+
+    def __post_init__(self) -> None:
+        self.dense, self.experts, self.small_dense, self.small_experts = np.zeros((4, self.num_layers))
+
+    def add(self, tensor: TensorSpec, part: str, nbytes: int) -> None:
+        """Count a tensor."""
+        small = 0 if tensor.packable else nbytes
+        if part == "embedding":
+            self.embedding += nbytes
+        elif tensor.layer is None:
+            self.head, self.small_head = self.head + nbytes, self.small_head + small
+        elif part.endswith(".experts"):
+            self.experts[tensor.layer] += nbytes
+            self.small_experts[tensor.layer] += small
+        else:
+            self.dense[tensor.layer] += nbytes
+            self.small_dense[tensor.layer] += small
 
     @property
     def total(self) -> int:
-        return self.embedding + self.head + sum(self.dense) + sum(self.experts)
-
-    def layer(self, index: int) -> int:
-        return self.dense[index] + self.experts[index]
-
-    @cached_property
-    def dense_array(self) -> Floats:
-        return np.array(self.dense, np.float64)
-
-    @cached_property
-    def experts_array(self) -> Floats:
-        return np.array(self.experts, np.float64)
+        return self.embedding + self.head + int(self.layers.sum())
 
     @cached_property
     def layers(self) -> Floats:
         """Bytes of each layer."""
-        return self.dense_array + self.experts
+        return self.dense + self.experts
 
     @cached_property
     def small(self) -> Floats:
         """Bytes of each layer that are not streamed."""
-        return np.array(self.small_dense, np.float64) + self.small_experts
+        return self.small_dense + self.small_experts
 
     @cached_property
     def streamed(self) -> Floats:
@@ -87,15 +91,7 @@ class Pieces:
     @cached_property
     def streamed_experts(self) -> Floats:
         """Bytes of the experts of each layer that are read from disk, if they are."""
-        return self.experts_array - self.small_experts
-
-
-class PerLayer(NamedTuple):
-    """Multiply-adds of one token, and the share of a layer's experts that it leaves alone, over the layers."""
-
-    dense_macs: Floats
-    expert_macs: Floats
-    idle: Floats
+        return self.experts - self.small_experts
 
 
 class Passing(NamedTuple):
@@ -108,13 +104,13 @@ class Passing(NamedTuple):
     mapped: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelSizes:
     """A model under one choice of formats.
 
     `packed`: bytes on disk; `gpu`, `host`: bytes in the layout of a GPU's and of the CPU's kernels. `stored`: bytes to
-    read from disk to load it. `dense_macs[i]`, `expert_macs[i]`: multiply-adds of one token in layer i; `active[i]`:
-    the share of its experts that one token reads.
+    read from disk to load it. `dense_macs[i]`, `expert_macs[i]`: multiply-adds of one token in layer i; `idle[i]`: the
+    share of its experts that it leaves alone.
     """
 
     label: str
@@ -125,9 +121,9 @@ class ModelSizes:
     host: Pieces
     stored: int
     tensors: tuple[Passing, ...]
-    dense_macs: tuple[float, ...]
-    expert_macs: tuple[float, ...]
-    active: tuple[float, ...]
+    dense_macs: Floats
+    expert_macs: Floats
+    idle: Floats
     head_macs: float
     bits_per_weight: float
     mix: tuple[tuple[str, int], ...]  # bytes in each format
@@ -166,10 +162,6 @@ class ModelSizes:
     def loading_whole(self) -> int:
         """Bytes of a host that holds all, at the highest while loading, over those it has then."""
         return self.loading({tensor.part: "host" for tensor in self.tensors})[1] - self.host.total
-
-    @cached_property
-    def per_layer(self) -> PerLayer:
-        return PerLayer(np.array(self.dense_macs), np.array(self.expert_macs), 1 - np.array(self.active))
 
 
 @dataclass(frozen=True)
@@ -265,24 +257,24 @@ def _sizes(
     read: Read,
     stored: int | None = None,
 ) -> ModelSizes:
-    packed, gpu, host = _Tally(spec), _Tally(spec), _Tally(spec)
-    dense_macs, expert_macs = [0.0] * spec.num_layers, [0.0] * spec.num_layers
+    packed, gpu, host = (Pieces(spec.num_layers) for _ in range(3))
+    dense_macs, expert_macs = np.zeros((2, spec.num_layers))
     values, on_disk = 0, stored is None
     tensors: list[Passing] = []
     mix: Counter[str] = Counter()
     for tensor in tensor_table(spec):
-        name = formats[tensor.name]
+        name, part = formats[tensor.name], part_of(tensor, spec)
         nbytes = packed_bytes(name, tensor.shape)
-        packed.add(tensor, nbytes)
+        packed.add(tensor, part, nbytes)
         mix[name] += nbytes
         in_kernel = tensor.packable or tensor.role == "router"
         on_host = kernels.weight_bytes(name, tensor.shape) if in_kernel else nbytes
-        host.add(tensor, on_host)
-        gpu.add(tensor, kernels.gpu_weight_bytes(name, tensor.shape) if in_kernel else nbytes)
+        host.add(tensor, part, on_host)
+        gpu.add(tensor, part, kernels.gpu_weight_bytes(name, tensor.shape) if in_kernel else nbytes)
         format_read, joined = read.get(tensor.name, (name, False))
         passing = loading_bytes(get_format(format_read), get_format(name), tensor.shape, joined)
         mapped = tensor.packable and format_read == name and not joined
-        tensors.append(Passing(part_of(tensor, spec), on_host, passing, mapped))
+        tensors.append(Passing(part, on_host, passing, mapped))
         values += math.prod(tensor.shape)
         if tensor.packable:
             on_disk &= format_read == name and not joined and kernels.in_place(name, tensor.shape)
@@ -296,49 +288,17 @@ def _sizes(
         label=label,
         convert=stored is not None,
         tied=spec.tied_embeddings,
-        packed=packed.pieces(),
-        gpu=gpu.pieces(),
-        host=host.pieces(),
-        stored=stored or packed.pieces().total,
+        packed=packed,
+        gpu=gpu,
+        host=host,
+        stored=stored or packed.total,
         tensors=tuple(tensors),
-        dense_macs=tuple(dense_macs),
-        expert_macs=tuple(expert_macs),
-        active=tuple(mlp.experts_per_token / mlp.num_experts if mlp.num_experts else 1.0 for mlp in mlps),
+        dense_macs=dense_macs,
+        expert_macs=expert_macs,
+        idle=np.array([1 - mlp.experts_per_token / mlp.num_experts if mlp.num_experts else 0.0 for mlp in mlps]),
         head_macs=float(spec.vocab_size * spec.hidden_size),
-        bits_per_weight=8 * packed.pieces().total / values,
+        bits_per_weight=8 * packed.total / values,
         mix=tuple(mix.items()),
         mapped=not spec.tied_embeddings and read.get(EMBEDDING, (table, False)) == (table, False),
         on_disk=on_disk,
     )
-
-
-class _Tally:
-    """Bytes added up by piece."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self.spec, self.outside = spec, {"embedding": 0, "head": 0}
-        self.dense, self.experts = [0] * spec.num_layers, [0] * spec.num_layers
-        self.small_dense, self.small_experts = [0] * spec.num_layers, [0] * spec.num_layers
-        self.small_head = 0
-
-    def add(self, tensor: TensorSpec, nbytes: int) -> None:
-        part = part_of(tensor, self.spec)
-        if tensor.layer is None:
-            self.outside[part] += nbytes
-            self.small_head += 0 if tensor.packable else nbytes
-            return
-        apart = part.endswith(".experts")
-        (self.experts if apart else self.dense)[tensor.layer] += nbytes
-        if not tensor.packable:
-            (self.small_experts if apart else self.small_dense)[tensor.layer] += nbytes
-
-    def pieces(self) -> Pieces:
-        return Pieces(
-            self.outside["embedding"],
-            self.outside["head"],
-            tuple(self.dense),
-            tuple(self.experts),
-            tuple(self.small_dense),
-            tuple(self.small_experts),
-            self.small_head,
-        )
