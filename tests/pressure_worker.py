@@ -69,7 +69,7 @@ def main(model: str, mode: str) -> None:
             balloon.kill()
         deadline = time.monotonic() + 20
         while pressure.reduced and time.monotonic() < deadline:
-            pressure.poll()
+            llm.runtime.poll()
             time.sleep(0.05)
         llm.engine.blocks.check_integrity()
         report = {

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from chandra import LLM, SamplingParams
-from chandra.errors import ContextOverflow, RequestError
+from chandra import LLM, SamplingParams, runtime
+from chandra.errors import BudgetExceeded, ContextOverflow, RequestError
 from chandra.memory.host import resident_bytes
+from chandra.memory.running import running
 
 pytestmark = pytest.mark.model
 
@@ -69,8 +72,10 @@ def test_a_conversation_uses_the_template(llm: LLM) -> None:
 
 
 def test_what_cannot_be_served_is_refused_and_leaves_nothing(llm: LLM) -> None:
-    with pytest.raises(ContextOverflow):
+    before = llm.engine.counters().prompt_tokens
+    with pytest.raises(ContextOverflow, match="prompt 1: the prompt has 300 tokens"):
         llm.generate(["fine", list(range(300))], GREEDY)
+    assert llm.engine.counters().prompt_tokens == before  # none has begun
     with pytest.raises(RequestError):
         llm.generate([[10**6]], GREEDY)
     with pytest.raises(RequestError):
@@ -78,6 +83,60 @@ def test_what_cannot_be_served_is_refused_and_leaves_nothing(llm: LLM) -> None:
     with pytest.raises(RequestError, match="options"):
         LLM("smollm2:135m", nosuch=1)
     assert not llm.engine.has_work()
+
+
+def test_an_answer_that_fails_leaves_the_others(model_file: Callable[[str], Path]) -> None:
+    with LLM(model_file("smollm2:135m"), ctx=256, parallel=4, swap="0B", device="virtual:200MiB") as llm:
+        ledger, blocks = llm.runtime.ledger, llm.engine.blocks.allocators[0]
+        wanted = llm.generate("The sea is", GREEDY)[0].outputs[0]
+        cap = llm.plan.device("virtual:0").cap - ledger.free("virtual:0")
+        while blocks.limit > 9:
+            cap -= 4 << 20
+            ledger.set_cap("virtual:0", cap)
+            llm.runtime.poll()
+        answers = llm.generate(["The sea is", list(range(100, 340))], GREEDY)
+        assert answers[0].outputs[0] == wanted
+        failed = answers[1].outputs[0]
+        assert failed.finish_reason == "error"
+        assert isinstance(failed.error, BudgetExceeded)
+        assert not llm.engine.has_work()
+        with pytest.raises(BudgetExceeded, match="no longer fits"):
+            llm.generate([list(range(100, 340))], GREEDY)
+        with pytest.raises(BudgetExceeded, match="no longer fits"):
+            list(llm.stream(list(range(100, 340)), GREEDY))
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_an_idle_model_gives_way_and_comes_back(
+    model_file: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, before = model_file("smollm2:135m"), set(threading.enumerate())
+    monkeypatch.setenv("CHANDRA_HOME", str(tmp_path))
+    monkeypatch.setattr(runtime, "IDLE_PERIOD", 0.02)
+    with LLM(model, ctx=256) as llm:
+        pressure, ledger = llm.runtime.pressure, llm.runtime.ledger
+        pressure.patience = 0.0
+        wanted = llm.generate("The sea is", GREEDY)[0].outputs[0]
+        free, cap = ledger.free("cpu"), llm.plan.device("cpu").cap
+        ledger.set_cap("cpu", cap - free - (4 << 20))
+        wait(lambda: ledger.free("cpu") >= 0)
+        wait(lambda: "gave back" in " ".join(running(tmp_path)[0].pressure))
+        ledger.set_cap("cpu", cap)
+        wait(lambda: not pressure.reduced)
+        assert ledger.free("cpu") == free
+        assert llm.generate("The sea is", GREEDY)[0].outputs[0] == wanted
+        wait(lambda: "took again" in running(tmp_path)[0].pressure[-1])
+    assert not running(tmp_path)
+    assert set(threading.enumerate()) <= before
+    watch = LLM(model, ctx=256)
+    del watch  # without having been closed
+    wait(lambda: set(threading.enumerate()) <= before)
 
 
 def test_closing_gives_the_memory_back_at_once(model_file: Callable[[str], Path]) -> None:

@@ -16,11 +16,13 @@ import pytest
 
 from chandra import LLM
 from chandra.backends.cuda.accelerator import asked
+from chandra.backends.virtual.backend import VirtualBackend
 from chandra.engine.model_runner import Forward
 from chandra.errors import BudgetExceeded
 from chandra.memory.host import _cgroup_folders, resident_bytes
+from chandra.memory.ledger import Kind
 from chandra.ops.contracts import ForwardBatch, KVView
-from pressure_worker import MARGIN, MIB, add, finish
+from pressure_worker import MARGIN, MIB, PARAMS, add, finish
 
 pytestmark = pytest.mark.model
 
@@ -135,10 +137,62 @@ def test_layers_are_read_from_the_file_while_memory_is_short(model: Path) -> Non
         while llm.runtime.pressure.reduced:
             llm.runtime.pressure._next = 0.0
             finish(llm, disturbed, 1)
-            llm.runtime.pressure.poll()
+            llm.runtime.poll()
         assert reserved(llm, "weights") == weights
         finish(llm, disturbed)
         assert list(disturbed.values()) == list(undisturbed.values())
+
+
+@pytest.mark.parametrize(("devices", "host"), [(1, "room"), (1, "none"), (2, "room"), (3, "room")])
+def test_layers_of_devices_move_to_the_host_or_the_file_and_back(model: Path, devices: int, host: str) -> None:
+    names = [f"virtual:{i}" for i in range(devices)]
+    options = {"device": [f"virtual:{220 // devices}MiB"] * devices, "swap": "0B", "chunk": 16}
+    with LLM(model, ctx=128, parallel=8, **options) as llm:  # type: ignore[arg-type]
+        ledger, pressure, mover = llm.runtime.ledger, llm.runtime.pressure, llm.runtime.decoder.mover
+        undisturbed = add(llm)
+        finish(llm, undisturbed)
+        disturbed = add(llm)
+        finish(llm, disturbed, 6)
+        caps = {name: llm.plan.device(name).cap for name in (*names, "cpu")}
+        before = {(row.device, row.kind): row.reserved for row in ledger.rows() if row.reserved}
+        for name in names:
+            layers = mover.needed(mover.places)[name, Kind.WEIGHTS]
+            ledger.set_cap(name, caps[name] - ledger.free(name) - before[name, Kind.KV] * 7 // 8 - layers // 3)
+        if host == "none":  # but for the buffers that it takes to read layers
+            ledger.set_cap("cpu", caps["cpu"] - ledger.free("cpu") + 8 * MIB)
+        finish(llm, disturbed, 6)
+        assert all(ledger.free(name) >= 0 for name in ledger.names)
+        assert {step.device for step in llm.pressure() if step.action == "layers"} >= set(names)
+        used = set(mover.places.values())
+        assert "stream" in used if host == "room" else "disk" in used
+        finish(llm, disturbed, 6)
+        for name, cap in caps.items():
+            ledger.set_cap(name, cap)
+        pressure.patience = 0.0
+        while pressure.reduced:
+            pressure._next = 0.0
+            finish(llm, disturbed, 1)
+            llm.runtime.poll()
+        assert {(row.device, row.kind): row.reserved for row in ledger.rows() if row.reserved} == before
+        assert not mover.streams
+        finish(llm, disturbed)
+        assert list(disturbed.values()) == list(undisturbed.values())
+        backends = llm.runtime.decoder.backends.distinct()
+        assert all(b.arena.peak <= b.device.cap for b in backends if isinstance(b, VirtualBackend))
+    assert all(row.reserved == 0 for row in ledger.rows() if row.device in names)
+
+
+def test_layers_move_when_a_device_runs_out_in_a_step(model: Path) -> None:
+    with LLM(model, ctx=128, parallel=1, device="virtual:150MiB", swap="0B", chunk=16) as llm:
+        runner, free = llm.engine.runner, llm.runtime.ledger.free("virtual:0")
+        undisturbed, disturbed = llm.generate("The sea is", PARAMS), dict[int, list[int]]()
+        error = BudgetExceeded("no memory", device="virtual:0", nbytes=50 * MIB)
+        runner._decoder = RunsOut(runner._decoder, error)
+        disturbed[llm.engine.add(llm.tokenizer.encode("The sea is"), PARAMS)[0]] = []
+        finish(llm, disturbed)
+        assert llm.runtime.ledger.free("virtual:0") >= free + 50 * MIB
+        assert "stream" in llm.runtime.decoder.mover.places.values()
+        assert list(disturbed.values()) == [undisturbed[0].outputs[0].token_ids]
 
 
 def reserved(llm: LLM, kind: str) -> int:

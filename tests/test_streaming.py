@@ -16,7 +16,6 @@ import pytest
 
 from chandra import LLM, SamplingParams
 from chandra.backends.virtual.backend import VirtualBackend
-from chandra.errors import UnsupportedError
 from chandra.memory.plan import Plan
 from chandra.planner import PlanRequest
 
@@ -73,7 +72,7 @@ def check_executed(llm: LLM) -> None:
     decoder, plan = llm.runtime.decoder, llm.plan
     assert tuple(backend.device.name for backend in decoder.backends.layers) == tuple(p.device for p in plan.layers)
     assert decoder.backends.head.device.name == plan.head.device
-    kinds = {name: type(stream).__name__ for name, stream in decoder.streams.items()}
+    kinds = {name: type(stream).__name__ for name, stream in decoder.mover.streams.items()}
     wanted = {}
     for part in (*plan.layers, *plan.experts):
         if part.placement == "stream":
@@ -180,16 +179,14 @@ def test_layers_move_to_the_file_and_back(model: Path, plain: list[list[int]]) -
     with LLM(model, ctx=256, parallel=2) as llm:
         decoder, ledger = llm.runtime.decoder, llm.runtime.ledger
         free = ledger.free("cpu")
-        for index in (0, 7, 8, 29):
-            decoder.demote(index)
+        decoder.move(dict.fromkeys((0, 7, 8), "disk"))
+        decoder.move({29: "disk"})
         assert answer(llm) == plain
         assert ledger.free("cpu") > free
-        with pytest.raises(UnsupportedError):
-            decoder.demote(7)
-        for index in (8, 0, 29, 7):
-            decoder.promote(index)
+        decoder.move({8: "resident"})
+        decoder.move(dict.fromkeys((0, 29, 7), "resident"))
         assert ledger.free("cpu") == free
-        assert not decoder.streams
+        assert not decoder.mover.streams
         assert answer(llm) == plain
 
 

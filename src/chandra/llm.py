@@ -12,7 +12,7 @@ from typing import Any
 
 from chandra.config import SamplingParams, Settings
 from chandra.engine import Engine, Output, Step, TokenLogprobs
-from chandra.errors import RequestError
+from chandra.errors import ChandraError, RequestError
 from chandra.memory.plan import Plan
 from chandra.memory.running import MemoryRow
 from chandra.planner import PlanRequest
@@ -51,7 +51,8 @@ class Chunk:
 
 @dataclass
 class CompletionOutput:
-    """One answer. `stop_reason`: the stop string or token id that ended it."""
+    """One answer. `stop_reason`: the stop string or token id that ended it; `error`: what did, where the
+    `finish_reason` is "error"."""
 
     index: int
     text: str = ""
@@ -60,6 +61,7 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    error: ChandraError | None = None
 
 
 @dataclass
@@ -95,7 +97,7 @@ class _Answer:
             text += self.detokenizer.push(token_id)
         if news.finish_reason is not None:
             text += self.detokenizer.finish()
-            out.finish_reason = news.finish_reason
+            out.finish_reason, out.error = news.finish_reason, news.error
             out.stop_reason = news.token_ids[-1] if ended_by_token else None
         emitted, stopped = self.stops.push(text)
         if stopped:
@@ -173,7 +175,11 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Continue each prompt (a text, or token ids). Raises RequestError, and ContextOverflow for one too long."""
+        """Continue each prompt (a text, or token ids).
+
+        Raises RequestError, or ContextOverflow for one too long, before anything is computed. An answer that fails on
+        the way has its `error`, and the others go on; where all fail, the first error is raised.
+        """
         listed = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else prompts
         texts = [prompt if isinstance(prompt, str) else None for prompt in listed]
         ids = [self._ids(prompt) for prompt in listed]  # type: ignore[arg-type]
@@ -195,7 +201,7 @@ class LLM:
         self, prompt: Prompt | Sequence[Message], sampling_params: SamplingParams | None = None
     ) -> Iterator[Chunk]:
         """Generate piece by piece, for a prompt or (a list of messages) a conversation. Dropping the iterator ends
-        the request."""
+        the request. Raises the error of an answer that fails."""
         params = sampling_params or SamplingParams()
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             ids, continues = self.tokenizer.encode_chat(self.render(prompt)), False  # type: ignore[arg-type]
@@ -212,25 +218,14 @@ class LLM:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
     def _stream(self, ids: list[int], params: SamplingParams, continues: bool) -> Iterator[Chunk]:
-        started = time.monotonic()
-        first = 0.0
-        seq_ids = self.engine.add(ids, params)
-        answers = {s: self._answer(i, params, continues) for i, s in enumerate(seq_ids)}
-        try:
-            while answers:
-                for news in self._runtime.step():
-                    answer = answers[news.seq_id]
-                    text = self._take(answer, news)
-                    out = answer.output
-                    first = first or time.monotonic()
-                    stats = None
-                    if out.finish_reason is not None:
-                        del answers[news.seq_id]
-                        stats = self._stats(len(ids), len(out.token_ids), started, first)
-                    yield Chunk(out.index, text, news.token_ids, news.logprobs, out.finish_reason, stats)
-        finally:
-            for seq_id in answers:
-                self.engine.abort(seq_id)
+        started, first = time.monotonic(), 0.0
+        for _, out, news, text in self._serve(self._begin([ids], [params], continues)):
+            if out.error is not None:
+                raise out.error
+            first = first or time.monotonic()
+            ended = out.finish_reason is not None
+            stats = self._stats(len(ids), len(out.token_ids), started, first) if ended else None
+            yield Chunk(out.index, text, news.token_ids, news.logprobs, out.finish_reason, stats)
 
     def _complete(
         self,
@@ -243,44 +238,57 @@ class LLM:
             sampling_params = [sampling_params or SamplingParams()] * len(prompts)
         if len(sampling_params) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts with {len(sampling_params)} sampling_params")
-        results: list[RequestOutput] = []
-        answers: dict[int, tuple[RequestOutput, _Answer]] = {}
+        results = [RequestOutput(text, ids, []) for text, ids in zip(texts, prompts, strict=True)]
         with self._lock:
             started = time.monotonic()
-            try:
-                for text, ids, params in zip(texts, prompts, sampling_params, strict=True):
-                    result = RequestOutput(text, ids, [])
-                    results.append(result)
-                    for index, seq_id in enumerate(self.engine.add(ids, params)):
-                        answer = self._answer(index, params, continues)
-                        result.outputs.append(answer.output)
-                        answers[seq_id] = (result, answer)
-                while answers:
-                    for news in self._runtime.step():
-                        result, answer = answers[news.seq_id]
-                        self._take(answer, news)
-                        if news.prompt_logprobs is not None:
-                            result.prompt_logprobs = list(news.prompt_logprobs)
-                        if result.stats is None or answer.output.finish_reason is not None:
-                            result.stats = self._progress(result, started)
-                        if answer.output.finish_reason is not None:
-                            del answers[news.seq_id]
-            finally:
-                for seq_id in answers:
-                    self.engine.abort(seq_id)
+            answers = self._begin(prompts, sampling_params, continues)
+            for number, answer in answers.values():
+                results[number].outputs.append(answer.output)
+            for number, output, news, _ in self._serve(answers):
+                result = results[number]
+                if news.prompt_logprobs is not None:
+                    result.prompt_logprobs = list(news.prompt_logprobs)
+                if result.stats is None or output.finish_reason is not None:
+                    result.stats = self._progress(result, started)
+        errors = [output.error for result in results for output in result.outputs]
+        if errors and errors[0] is not None and all(errors):
+            raise errors[0]
         return results
 
-    def _answer(self, index: int, params: SamplingParams, continues: bool) -> _Answer:
-        return _Answer(self.tokenizer, params, CompletionOutput(index), continues)
+    def _begin(
+        self, prompts: Sequence[list[int]], sampling_params: Sequence[SamplingParams], continues: bool
+    ) -> dict[int, tuple[int, _Answer]]:
+        """Queue prompts, if all of them can be served; by sequence the prompt's number and its answer."""
+        for number, wanted in enumerate(zip(prompts, sampling_params, strict=True)):
+            try:
+                self.engine.check(*wanted)
+            except RequestError as error:
+                which = f"prompt {number}: " if len(prompts) > 1 else ""
+                raise type(error)(which + error.message, error.hint) from None
+        answers = {}
+        for number, (ids, params) in enumerate(zip(prompts, sampling_params, strict=True)):
+            with self._runtime.lock:
+                added = self.engine.add(ids, params)
+            for index, seq_id in enumerate(added):
+                answers[seq_id] = number, _Answer(self.tokenizer, params, CompletionOutput(index), continues)
+        return answers
 
-    def _take(self, answer: _Answer, news: Output) -> str:
-        """Raises the error of a sequence that failed; ends one that a stop string has cut."""
-        if news.error is not None:
-            raise news.error
-        text = answer.take(news)
-        if answer.output.finish_reason is not None and news.finish_reason is None:
-            self.engine.finish(news.seq_id)
-        return text
+    def _serve(self, answers: dict[int, tuple[int, _Answer]]) -> Iterator[tuple[int, CompletionOutput, Output, str]]:
+        """Compute until all are answered: the prompt's number, the answer so far, what is new and its text."""
+        try:
+            while answers:
+                for news in self._runtime.step():
+                    number, answer = answers[news.seq_id]
+                    text = answer.take(news)
+                    if answer.output.finish_reason is not None:
+                        del answers[news.seq_id]
+                        with self._runtime.lock:
+                            self.engine.finish(news.seq_id)  # a stop string may have cut it
+                    yield number, answer.output, news, text
+        finally:
+            with self._runtime.lock:
+                for seq_id in answers:
+                    self.engine.abort(seq_id)
 
     def _progress(self, result: RequestOutput, started: float) -> Stats:
         """The first call notes when the first token came; later ones how long it went on."""

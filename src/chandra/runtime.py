@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from threading import Event, RLock, Thread
 from typing import TYPE_CHECKING
 
 from chandra.backends import make_backend
 from chandra.checkpoint import Checkpoint, open_checkpoint
 from chandra.config import Settings
 from chandra.engine import Engine, EngineConfig, Output, Pressure
-from chandra.errors import BudgetExceeded
+from chandra.errors import BudgetExceeded, ChandraError
 from chandra.kvcache import KVPool, SwapSpace, group_layers, swap_slots
 from chandra.memory.device import Device
 from chandra.memory.host import memory_available, peak_resident, resident_bytes
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 # Share of the host's free memory below which there is pressure. A plan leaves three times as much alone.
 PRESSURE_MARGIN = HOST_MARGIN / 3
+IDLE_PERIOD = 1.0  # seconds between two looks at the memory while no step is computed
 
 
 @dataclass(eq=False)
@@ -54,6 +57,7 @@ class Runtime:
     resources: ExitStack
     state: StateFile
     loaded: float = field(default_factory=time.time)
+    lock: RLock = field(default_factory=RLock)  # to be held while the engine is used
 
     @property
     def name(self) -> str:
@@ -115,15 +119,25 @@ class Runtime:
     def step(self) -> list[Output]:
         """Compute one batch, after giving way where memory has become short. A device that runs out of memory in the
         middle gets what it asked for, and the batch is computed again."""
-        self.pressure.poll()
-        self.tell()
-        try:
+        with self.lock:
+            self.poll()
+            self.tell()
+            try:
+                return self.engine.step()
+            except BudgetExceeded as error:
+                short = error.device, error.nbytes  # not the error: it holds the layers that may have to move
+                if error.device not in self.ledger.names:
+                    raise
+            self.pressure.relieve(*short, last_resort=True)
             return self.engine.step()
-        except BudgetExceeded as error:
-            known = error.device in self.ledger.names
-            if not known or not self.pressure.relieve(error.device, error.nbytes, last_resort=True):
-                raise
-            return self.engine.step()
+
+    def poll(self) -> None:
+        """Give way where memory has become short, or take back what was given; a thread does so while no step is."""
+        with self.lock:
+            before = tuple(self.pressure.steps)
+            self.pressure.poll()
+            if before != tuple(self.pressure.steps):
+                self.tell(now=True)
 
     def close(self) -> None:
         """Give everything back; doing so twice is harmless."""
@@ -184,7 +198,27 @@ def load(
         )
         promise_scratch(spec, _limits(made))
         runtime.tell(now=True)
+        closed = Event()
+        watch = Thread(target=_watch, args=(weakref.ref(runtime), closed), name="chandra-watch", daemon=True)
+        watch.start()
+        runtime.resources.callback(watch.join)
+        runtime.resources.callback(closed.set)
         return runtime
+
+
+def _watch(runtime: weakref.ref[Runtime], closed: Event) -> None:
+    """Poll until the runtime is closed or gone."""
+    while not closed.wait(IDLE_PERIOD) and (watched := runtime()) is not None:
+        if watched.lock.acquire(blocking=False):  # else a step is computed, which polls as well
+            try:
+                watched.poll()
+            except ChandraError as error:
+                import logging  # here: it is rarely needed
+
+                logging.getLogger("chandra").error("%s", error)
+            finally:
+                watched.lock.release()
+        del watched
 
 
 def _open_ledger(made: Plan) -> Ledger:

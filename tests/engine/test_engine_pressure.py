@@ -48,6 +48,7 @@ def wanted(model: Tiny) -> list[list[int]]:
 def made(model: Tiny, seqs: int = 8, slots: int = 0, available: int = 1 << 40) -> tuple[Engine, Pressure, list[int]]:
     """An engine, its pressure, and a reading of the system's memory to be changed."""
     model.ledger.set_cap(model.backend.device.name, 1 << 30)
+    model.decoder.move(dict.fromkeys(range(model.spec.num_layers), "resident"))
     if model.decoder.max_rows != 64:
         model.decoder.resize(64)
     engine, reading = model.engine(seqs=seqs, chunk=64, slots=slots), [available]
@@ -167,7 +168,10 @@ def test_a_request_that_no_longer_fits_ends_with_an_error_and_the_others_go_on(m
     run(engine, texts, 1)
     device, six = model.backend.device.name, engine.pool.bytes_of(dict.fromkeys(range(len(engine.pool.groups)), 6))
     chunks = model.decoder.workspace(64)[device] - model.decoder.workspace(8)[device]
-    squeeze(model, engine.pool.nbytes - six + chunks)
+    mover = model.decoder.mover
+    layers = mover.needed(mover.places), mover.needed(dict.fromkeys(mover.places, "disk"))
+    here, away = (sum(n for (name, _), n in need.items() if name == device) for need in layers)
+    squeeze(model, engine.pool.nbytes - six + chunks + here - away)
     pressure.poll()
     assert "context" in engine.counters().pressure
     last = run(engine, texts)

@@ -68,29 +68,39 @@ class RandomCheckpoint:
     def release(self, name: str) -> None:
         pass
 
+    def prefetch(self, name: str) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
 
 class Tiny:
-    """A model on a backend; `engine` gives it a cache and limits of one's choice."""
+    """A model on backends of one kind; `engine` gives it a cache and limits of one's choice.
 
-    def __init__(self, name: str, backend: str, max_rows: int = 256) -> None:
-        host, device = Device("cpu", "cpu", 1 << 30), Device("virtual:0", "virtual", 1 << 30)
-        self.ledger = Ledger([device, host])
-        makers: dict[str, Callable[[], Backend]] = {
-            "cpu": lambda: CpuBackend(host),
-            "reference": lambda: ReferenceBackend(host),
-            "virtual": lambda: VirtualBackend(device),
+    `layers`: 0 for as many as it takes to be one of its kind; they lie on `devices` in runs.
+    """
+
+    def __init__(self, name: str, backend: str, max_rows: int = 256, layers: int = 0, devices: int = 1) -> None:
+        host = Device("cpu", "cpu", 1 << 30)
+        others = [Device(f"virtual:{i}", "virtual", 1 << 30) for i in range(devices)]
+        self.ledger = Ledger([*others, host])
+        makers: dict[str, Callable[[], list[Backend]]] = {
+            "cpu": lambda: [CpuBackend(host)],
+            "reference": lambda: [ReferenceBackend(host)],
+            "virtual": lambda: [VirtualBackend(device) for device in others],
         }
-        self.backend = makers[backend]()
-        self.backends = {"cpu": CpuBackend(host), self.backend.device.name: self.backend}
+        made = makers[backend]()
+        self.backend = made[0]
+        self.backends = {"cpu": CpuBackend(host), **{each.device.name: each for each in made}}
         config = SHAPE | CONFIGS[name]
+        config["num_hidden_layers"] = layers or config["num_hidden_layers"]
         self.spec = spec_from_config(config)
+        self.places = [made[i * len(made) // self.spec.num_layers] for i in range(self.spec.num_layers)]
         self.decoder: Decoder = load_decoder(
             RandomCheckpoint(self.spec, config),
             self.spec,
-            Backends.all_on(self.backend, self.spec.num_layers),
+            Backends(made[0], tuple(self.places), made[-1]),
             self.ledger,
             context_length=256,
             max_rows=max_rows,
@@ -108,7 +118,7 @@ class Tiny:
         **config: Any,
     ) -> Engine:
         """`blocks` of each layer group: 0 for as many as all sequences could need. `slots`: of swap space."""
-        places = [self.backend.device.name] * self.spec.num_layers
+        places = [backend.device.name for backend in self.places]
         groups = group_layers([layer.attention for layer in self.spec.layers], places)
         counts = [g.max_blocks(context, chunk, SIZE, seqs) for g in groups]
         if blocks:

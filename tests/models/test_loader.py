@@ -68,7 +68,7 @@ def test_every_byte_is_reserved_and_given_back(backend: Backend) -> None:
     decoder = load_decoder(
         source,
         spec,
-        Backends.all_on(backend, 4),
+        Backends(backend, (backend,) * 4, backend),
         ledger,
         context_length=64,
         max_rows=32,
@@ -100,7 +100,7 @@ def test_a_tensor_on_its_way_is_reserved_and_the_largest_comes_first(name: str) 
     load_decoder(
         source,
         spec,
-        Backends.all_on(backend, 4),
+        Backends(backend, (backend,) * 4, backend),
         ledger,
         context_length=64,
         max_rows=32,
@@ -169,7 +169,13 @@ def test_nothing_stays_reserved_when_the_model_does_not_fit(share: float) -> Non
     backend = ReferenceBackend(CPU)
     with pytest.raises(BudgetExceeded):
         load_decoder(
-            source, spec, Backends.all_on(backend, 4), ledger, context_length=64, max_rows=64, max_logit_rows=64
+            source,
+            spec,
+            Backends(backend, (backend,) * 4, backend),
+            ledger,
+            context_length=64,
+            max_rows=64,
+            max_logit_rows=64,
         )
     assert not any(reserved(ledger).values())
 
@@ -211,7 +217,7 @@ def test_tensors_are_converted_on_the_way(backend: Backend) -> None:
     spec, source = checkpoint()
     formats = {t.name: "Q8_0" for t in tensor_table(spec) if t.packable}
     decoder = load(source, spec, backend, formats=formats)
-    assert decoder.layers[0].qkv[0].weight.format.name == "Q8_0"
+    assert decoder.mover.layers[0].qkv[0].weight.format.name == "Q8_0"
     assert decoder.embedding.format.name == "Q8_0"
     _, stored = checkpoint("Q8_0")
     np.testing.assert_array_equal(
@@ -236,7 +242,15 @@ def test_a_vocabulary_that_is_not_the_embedding_is_refused_before_anything_is_re
     spec = spec_from_config({**CONFIG, "vocab_size": 100})
     ledger = Ledger([CPU])
     with pytest.raises(CheckpointError, match=r"embed_tokens.weight has shape \(96, 64\), expected \(100, 64\)"):
-        load_decoder(source, spec, Backends.all_on(backend, 4), ledger, context_length=64, max_rows=1, max_logit_rows=1)
+        load_decoder(
+            source,
+            spec,
+            Backends(backend, (backend,) * 4, backend),
+            ledger,
+            context_length=64,
+            max_rows=1,
+            max_logit_rows=1,
+        )
     assert not ledger.rows()
 
 

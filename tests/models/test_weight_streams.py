@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import threading
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +16,13 @@ from tiny_models import packed
 
 from chandra.backends.cpu.backend import CpuBackend
 from chandra.backends.virtual.backend import VirtualBackend
+from chandra.errors import BudgetExceeded, CheckpointError, UnsupportedError
 from chandra.memory.device import Device
 from chandra.memory.ledger import Kind, Ledger
 from chandra.models import Backends, Decoder, ModelSpec, TensorSpec, load_decoder, spec_from_config, tensor_table
+from chandra.models.build import LayerBuilder
 from chandra.models.tensors import NAMES
+from chandra.models.weights import Weights
 from chandra.ops.contracts import Array, Copy, HostBytes
 from chandra.planner import ASSUMED_HOST, Constraints, plan, plannable
 from chandra.planner.kernels import PIECE, repacking
@@ -206,6 +210,99 @@ def test_a_plan_for_experts_is_executed_to_the_byte(mode: Any, cap: int, disk: i
     for row in made.predictions:
         if row.kind in (Kind.WEIGHTS, Kind.STAGING, Kind.PAGE_CACHE):
             assert reserved[row.device, row.kind] == row.nbytes, row
+
+
+def check_reserved(run: Run) -> None:
+    """The ledger has what the layers take where they are, and the device holds no more."""
+    needed = run.decoder.mover.needed(run.decoder.mover.places)
+    assert needed["virtual:0", Kind.STAGING] == run.reserved("virtual:0", Kind.STAGING)
+    assert needed["cpu", Kind.STAGING] == run.reserved("cpu", Kind.STAGING)
+    assert run.gpu.arena.used <= sum(row.reserved for row in run.ledger.rows() if row.device == "virtual:0")
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("away", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_layers_move_anywhere_and_give_the_same_bits(config: dict[str, Any], away: bool, seed: int) -> None:
+    rng = random.Random(seed)
+    spec, source = model(config, 6)
+    run = Run(spec, source, {"layers.1": "stream", "layers.4": "disk"} if away and seed else {}, away)
+    expected, before, rows = run.logits(1), dict(run.decoder.mover.places), run.ledger.rows()
+    for _ in range(5):
+        wanted = {i: rng.choice(["resident", "stream", "disk"][:: 1 if away else 2]) for i in rng.sample(range(6), 4)}
+        run.decoder.move(wanted)
+        assert run.decoder.mover.places.items() >= wanted.items()
+        check_reserved(run)
+        assert np.array_equal(run.logits(1), expected)
+    run.decoder.move(before)
+    assert {(r.device, r.kind): r.reserved for r in run.ledger.rows() if r.reserved} == {
+        (r.device, r.kind): r.reserved for r in rows if r.reserved
+    }
+    assert np.array_equal(run.logits(1), expected)
+    run.decoder.close()
+    assert not any(row.reserved for row in run.ledger.rows())
+    assert run.gpu.arena.used < 1000  # what a backend knows attentions by: the frequencies of rope, norms
+
+
+def test_a_device_over_its_cap_gets_slots_from_the_weights_that_leave() -> None:
+    spec, source = model(DENSE, 6)
+    run = Run(spec, source, {}, away=True)
+    expected, used = run.logits(), (1 << 30) - run.ledger.free("virtual:0")
+    layer = run.decoder.mover.needed(run.decoder.mover.places)["virtual:0", Kind.WEIGHTS] // 6
+    run.ledger.set_cap("virtual:0", used - layer)
+    run.gpu.device = run.gpu.arena.device = Device("virtual:0", "virtual", run.gpu.arena.used)
+    with pytest.raises(BudgetExceeded):
+        run.decoder.move({3: "stream"})  # the slots take more than it gives
+    run.decoder.move(dict.fromkeys((0, 2, 4), "stream"))
+    assert run.ledger.free("virtual:0") >= 0
+    assert np.array_equal(run.logits(), expected)
+    with pytest.raises(BudgetExceeded):
+        run.decoder.move({0: "resident"})
+    check_reserved(run)
+    run.ledger.set_cap("virtual:0", used)
+    run.decoder.move(dict.fromkeys((0, 2, 4), "resident"))
+    assert run.ledger.free("virtual:0") == 0
+    assert np.array_equal(run.logits(), expected)
+
+
+@pytest.mark.parametrize("away", [True, False])
+def test_a_move_that_fails_changes_nothing(away: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, source = model(DENSE, 5)
+    run = Run(spec, source, {}, away)
+    expected = run.logits()
+    run.decoder.move(dict.fromkeys((0, 3), "disk"))
+    rows, places, used = run.ledger.rows(), dict(run.decoder.mover.places), run.gpu.arena.used
+    moves: list[dict[int, Any]] = [dict.fromkeys((0, 3), "resident"), {1: "stream" if away else "disk", 3: "resident"}]
+    for wanted in moves:
+        for last in range(0, 9, 2):
+            read, reads = FileLike.read, iter(range(100))
+
+            def fail(self: FileLike, name: str, read: Any = read, reads: Any = reads, last: int = last) -> Any:
+                if next(reads) == last:
+                    raise CheckpointError("the disk is gone")
+                return read(self, name)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(FileLike, "read", fail)
+                with pytest.raises(CheckpointError, match="gone"):
+                    run.decoder.move(wanted)
+            assert (run.decoder.mover.places, run.gpu.arena.used) == (places, used)
+            assert [r.reserved for r in run.ledger.rows() if r.reserved] == [r.reserved for r in rows if r.reserved]
+    assert np.array_equal(run.logits(), expected)
+    run.decoder.move(dict.fromkeys((0, 3), "resident"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Weights, "as_stored", lambda *_: False)
+        assert run.decoder.mover.can(1, "disk") == away
+        if not away:
+            with pytest.raises(UnsupportedError):
+                run.decoder.move({1: "disk"})
+    assert np.array_equal(run.logits(), expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerBuilder, "layer", lambda *_: fail(source, "", reads=iter([last]), last=last))
+        with pytest.raises(CheckpointError, match="gone"):  # nor can the layers be had as they were
+            run.decoder.move({1: "disk"})
+    with pytest.raises(CheckpointError, match="anew"):
+        run.logits()
 
 
 def test_closing_waits_for_the_threads() -> None:

@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 
 def make_backend(
-    device: Device,
-    threads: int | None = None,
-    isa: str | None = None,
-    scratch: Scratch | None = None,
-    graphs: int = 0,
+    device: Device, threads: int | None = None, isa: str | None = None, scratch: Scratch | None = None, graphs: int = 0
 ) -> Backend:
     """The backend of a device. `threads` and `isa` are for the CPU's kernels; `scratch` is what a GPU's backend keeps
     for its kernels, `graphs` the bytes that it may take for recorded steps.

@@ -90,8 +90,7 @@ class Engine:
 
         Raises RequestError for a token that does not exist, and ContextOverflow for a prompt that can never fit.
         """
-        ids = np.fromiter(prompt, dtype=np.int64)
-        self._check(ids, params)
+        ids = self.check(prompt, params)
         seed = int.from_bytes(os.urandom(8)) >> 1 if params.seed is None else params.seed
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
         leader: Sequence | None = None
@@ -162,7 +161,9 @@ class Engine:
             pressure=dict(self.pressure_steps),
         )
 
-    def _check(self, ids: np.ndarray[tuple[int], np.dtype[np.int64]], params: SamplingParams) -> None:
+    def check(self, prompt: Iterable[int], params: SamplingParams) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """The token ids of a request that `add` would take. Raises as that does."""
+        ids = np.fromiter(prompt, dtype=np.int64)
         if not len(ids):
             raise RequestError("the prompt is empty", "send at least one token")
         known = range(self.vocab_size)
@@ -174,6 +175,7 @@ class Engine:
                 f"the prompt has {len(ids)} tokens, the context length is {self.context_len}",
                 "shorten the prompt, or plan with a longer context (num_ctx)",
             )
+        return ids
 
     def _advance(self, sequence: Sequence, result: Sampled) -> Output:
         token_id = result.token_id

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
 from chandra.engine.engine import Engine
-from chandra.errors import UnsupportedError
+from chandra.errors import ChandraError
 from chandra.kvcache import KVPool
 from chandra.kvcache.allocator import BlockAllocator
 from chandra.memory.device import format_size
 from chandra.memory.host import memory_available, resident_bytes, trim_heap
 from chandra.memory.ledger import Ledger
+from chandra.memory.plan import Placement, spread
 from chandra.models import Decoder
 
 Action = Literal["swap", "cache", "spill", "chunk", "layers", "context"]
@@ -40,7 +40,7 @@ class Step:
     detail: str
 
     def __str__(self) -> str:
-        verb = "gave back" if self.nbytes >= 0 else "took again"
+        verb = "gave back" if self.nbytes > 0 else "took again"
         return f"{self.device}: {verb} {format_size(abs(self.nbytes))}: {self.detail}"
 
 
@@ -66,7 +66,7 @@ class Pressure:
         self._chunk = engine.config.chunk
         self._next = self._last = 0.0
         self._short: dict[str, int] = {}
-        self._demoted: list[tuple[int, int]] = []  # layers, and the bytes that each gave back
+        self._moved: dict[str, list[tuple[int, Placement]]] = {}  # for each device layers, and where they were
 
     def poll(self) -> None:
         """To be called between steps. Reads the system's memory every so often; the ledger's caps always."""
@@ -83,20 +83,21 @@ class Pressure:
             self._relieve_host(2 * self.margin)
             self._complain("the system", self.margin - self.available())
         elif now - self._last >= self.patience and self.reduced:
-            self._recover(free - 2 * self.margin)
+            self._recover()
 
     @property
     def reduced(self) -> bool:
         """Whether something has been given back that could be taken again."""
         pools = [a for _, allocators, _ in self._pools() for a in allocators]
-        smaller = self._demoted or self.engine.scheduler.chunk < self._chunk
+        smaller = any(self._moved.values()) or self.engine.scheduler.chunk < self._chunk
         return bool(smaller) or any(a.limit < a.num_blocks for a in pools)
 
     def relieve(self, device: str, nbytes: int, last_resort: bool = False, single: bool = False) -> list[Step]:
         """Give at least `nbytes` of a device back, if that can be done, by the first of these that do: unused swap
-        space, unused blocks and the prefix cache; blocks of the latest sequences; smaller prefill chunks; on the host
-        layers, which are read from the file for each use then. The cache stays large enough for one sequence of the
-        full context, unless it is the last resort. `single`: no more than one step.
+        space, unused blocks and the prefix cache; blocks of the latest sequences; smaller prefill chunks; layers, which
+        move to host memory, or into the file where that is the host or has no room, and come from there for each use.
+        The cache stays large enough for one sequence of the full context, unless it is the last resort. `single`: no
+        more than one step.
 
         Returns the steps taken. Their bytes are those of the ledger.
         """
@@ -106,7 +107,7 @@ class Pressure:
             "cache": self._shrink_cache,
             "spill": self._spill,
             "chunk": self._shrink_chunk,
-            "layers": self._demote,
+            "layers": self._move_away,
         }
         if last_resort:
             measures["context"] = self._shorten
@@ -213,45 +214,99 @@ class Pressure:
             self.decoder.resize(scheduler.chunk)
         return f"steps of at most {scheduler.chunk} tokens"
 
-    def _demote(self, device: str, nbytes: int) -> str:
-        goal, layers = self.ledger.free(device) + nbytes, len(self.decoder.layers)
-        left = set(range(layers)) - {index for index, _ in self._demoted}
-        if device != HOST or layers <= 2:  # two of them are in memory at a time
-            return ""
-        while left and (before := self.ledger.free(device)) < goal:
-            index = max(left)
-            left.remove(index)
-            with suppress(UnsupportedError):  # it is not on the host, or it is not in the file as it is in memory
-                self.decoder.demote(index)
-                self._demoted.append((index, self.ledger.free(device) - before))
-        return f"{len(self._demoted)} of {layers} layers read from the file for each use"
+    def _move_away(self, device: str, nbytes: int) -> str:
+        mover, goal = self.decoder.mover, self.ledger.free(device) + nbytes
+        ways: list[tuple[Placement, Placement]] = [("resident", "disk"), ("stream", "disk")]
+        if device != HOST:  # where all that it streams is read instead, it needs less memory in two places
+            ways = [("resident", "stream"), *ways, ("resident", "disk")]
+        for origin, target in ways:
+            own = device != HOST or origin == "resident"
+            here = [i for i, place in mover.places.items() if place == origin and (mover.device(i) == device) == own]
+            self._move([i for i in here if mover.can(i, target)], target, device, goal)
+        count = Counter(mover.places.values())
+        return f"{count['stream']} of {count.total()} layers copied from the host for each use, {count['disk']} read"
+
+    def _move(self, layers: Sequence[int], target: Placement, device: str, goal: int) -> None:
+        """Move as few of the layers as will do, so that they lie evenly among the others, if other devices have room
+        for what that takes there."""
+        mover, best = self.decoder.mover, dict[int, Placement]()
+        free, gained, host_room = self.ledger.free(device), 0, self._host_room() if layers else 0
+        for count in range(1, len(layers) + 1):
+            places = dict.fromkeys((layers[i] for i in spread(count, len(layers))), target)
+            change = self._change(places)
+            if free + gained >= goal:
+                break
+            if -change[device] > gained and self._fits(change, host_room, device):
+                best, gained = places, -change[device]
+        before = [(index, mover.places[index]) for index in best]
+        if self._rearrange(best):
+            self._moved.setdefault(device, []).extend(before)
+
+    def _rearrange(self, places: Mapping[int, Placement]) -> bool:
+        try:
+            if places:
+                self.decoder.move(places)
+        except ChandraError as error:
+            _log("error", "layers cannot be moved: %s", error)
+            return False
+        return bool(places)
+
+    def _fits(self, change: Mapping[str, int], host_room: int, without: str = "") -> bool:
+        """Whether all devices but one have room for it."""
+        room = {name: self.ledger.free(name) for name in change}
+        room[HOST] = min(self.ledger.free(HOST), host_room)
+        return all(more <= max(0, room[name]) for name, more in change.items() if name != without)
+
+    def _change(self, places: Mapping[int, Placement]) -> Counter[str]:
+        """Bytes that each device would have to give, or would gain, if layers moved."""
+        mover, change = self.decoder.mover, Counter[str]()
+        for sign, at in ((1, {**mover.places, **places}), (-1, mover.places)):
+            for (device, _), nbytes in mover.needed(at).items():
+                change[device] += sign * nbytes
+        return change
 
     # larger again
 
-    def _recover(self, host_room: int) -> None:
-        """Take back what was given last first. What is reserved on the host and not in use yet counts as taken."""
+    def _host_room(self) -> int:
+        """Bytes that can be taken of the host. What is reserved and not in use yet counts as taken."""
         reserved = sum(row.reserved for row in self.ledger.rows() if row.device == HOST)
-        host_room -= max(0, reserved - sum(resident_bytes()))
-        start = self.ledger.free(HOST)
+        return self.available() - 2 * self.margin - max(0, reserved - sum(resident_bytes()))
+
+    def _recover(self) -> None:
+        """Take back what was given last first."""
+        host_room, start = self._host_room(), self.ledger.free(HOST)
 
         def room(device: str) -> int:
             free = self.ledger.free(device)
             return min(free, host_room - (start - free)) if device == HOST else free
 
-        self._promote(room(HOST))
+        if self._move_back(host_room):
+            return
         self._grow_chunk(room)
         actions: tuple[Action, ...] = ("cache", "swap")
         for cache, action in zip(self._pools(), actions, strict=False):
             for device in self.ledger.names:
                 self._grow(cache, action, device, room(device))
 
-    def _promote(self, room: int) -> None:
-        """One layer at a time, as it takes time."""
-        if self._demoted and room >= max(nbytes for _, nbytes in self._demoted):
-            before, index = self.ledger.free(HOST), self._demoted[-1][0]
-            self.decoder.promote(index)
-            self._demoted.pop()
-            self._note("layers", HOST, self.ledger.free(HOST) - before, f"layer {index} is in memory again")
+    def _move_back(self, host_room: int) -> bool:
+        """The layers that moved last, as few at once as can be, as it takes time. False if there is no room for any."""
+        for device, moved in self._moved.items():
+            best, least = dict[int, Placement](), 0
+            for count in range(1, len(moved) + 1):
+                places = dict(moved[-count:])
+                change = self._change(places)
+                if best and change[device] > least:  # the last ones give the slots back, and cost no more than one
+                    break
+                if self._fits(change, host_room):
+                    best, least = places, change[device]
+            if self._rearrange(best):
+                back = [index for index, place in best.items() if place == "resident"]
+                for name, records in self._moved.items():
+                    kept = records[: -len(best)] if name == device else records
+                    self._moved[name] = [record for record in kept if record[0] not in back]
+                self._note("layers", device, -least, f"layers {', '.join(map(str, sorted(best)))} moved back")
+                return True
+        return False
 
     def _grow_chunk(self, room: Callable[[str], int]) -> None:
         scheduler = self.engine.scheduler

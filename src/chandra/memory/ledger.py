@@ -55,16 +55,11 @@ class Reservation:
         self.ledger._change(self.device, self.kind, -self.nbytes)
         self.nbytes = 0
 
-    def resize(self, nbytes: int) -> None:
-        """Grow or shrink in place. Raises BudgetExceeded and changes nothing if the device has no room."""
-        self.ledger._change(self.device, self.kind, nbytes - self.nbytes)
+    def resize(self, nbytes: int, over: bool = False) -> None:
+        """Grow or shrink in place. Raises BudgetExceeded and changes nothing if the device has no room, unless this
+        only takes what another reservation has just given back and may go `over` the cap for it."""
+        self.ledger._change(self.device, self.kind, nbytes - self.nbytes, over)
         self.nbytes = nbytes
-
-    def give(self, other: Reservation, nbytes: int) -> None:
-        """Let another reservation on the same device have some of these bytes, also where its cap is exceeded."""
-        self.resize(self.nbytes - nbytes)
-        self.ledger._change(other.device, other.kind, nbytes, over=True)
-        other.nbytes += nbytes
 
 
 @dataclass(eq=False)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from chandra.models.arch import ARCHS
-from chandra.models.decoder import Backends, Decoder, workspace_bytes
+from chandra.models.decoder import Decoder, workspace_bytes
 from chandra.models.loader import load_decoder, stored_formats
 from chandra.models.metadata import read_spec, spec_from_config
 from chandra.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, RopeSpec, TensorSpec
 from chandra.models.tensors import Source, find_sources, tensor_table
+from chandra.models.weights import Backends
 
 __all__ = [
     "ARCHS",

@@ -20,11 +20,7 @@ class LayerBuilder:
     (device, kind, bytes)."""
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        layers: Sequence[Backend],
-        context_length: int,
-        reserve: Callable[[str, Kind, int], None],
+        self, spec: ModelSpec, layers: Sequence[Backend], context_length: int, reserve: Callable[[str, Kind, int], None]
     ) -> None:
         self.spec, self.backends, self.context_length, self._reserve = spec, layers, context_length, reserve
         self.loaded: dict[str, Any] = {}

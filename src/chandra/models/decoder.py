@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -11,43 +11,19 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from chandra.errors import BudgetExceeded
+from chandra.errors import BudgetExceeded, CheckpointError
 from chandra.memory.ledger import Kind, Ledger
 from chandra.memory.plan import Placement
 from chandra.models.layers import DecoderLayer, layer_width
+from chandra.models.mover import Mover
 from chandra.models.pipeline import MicroBatch, split, wavefront
 from chandra.models.spec import ModelSpec
-from chandra.models.weight_stream import MappedHead, Mover, Stream
+from chandra.models.weight_stream import MappedHead, Stream
+from chandra.models.weights import Backends
 from chandra.ops.contracts import Array, Backend, ForwardBatch, KVView, Linear, Norm, Weight
 
 FLOAT = 4  # bytes of an activation
 Hidden: TypeAlias = np.ndarray[Any, Any]  # the state between layers, (n, hidden_size), on the host
-
-
-@dataclass(frozen=True)
-class Backends:
-    """Which backend holds what: the embedding, each layer, and the final norm with the head."""
-
-    embedding: Backend
-    layers: tuple[Backend, ...]
-    head: Backend
-    experts: Mapping[int, Backend] = field(default_factory=dict)  # of layers whose experts lie apart
-    placements: Mapping[str, Placement] = field(default_factory=dict)  # by `part_of`: of what is streamed, on disk
-
-    @classmethod
-    def all_on(cls, backend: Backend, num_layers: int) -> Backends:
-        return cls(backend, (backend,) * num_layers, backend)
-
-    def distinct(self) -> list[Backend]:
-        """Every backend once, in the order the hidden state visits them."""
-        return list({id(b): b for b in self._path()}.values())
-
-    def _path(self) -> Iterator[Backend]:
-        yield self.embedding
-        for index, backend in enumerate(self.layers):
-            yield backend
-            yield self.experts.get(index, backend)
-        yield self.head
 
 
 def workspace_bytes(spec: ModelSpec, layers: Iterable[int], max_rows: int, max_logit_rows: int = 0) -> int:
@@ -108,20 +84,17 @@ class Decoder:
         spec: ModelSpec,
         backends: Backends,
         embedding: Weight,
-        layers: Sequence[DecoderLayer],
         norm: Norm,
         head: Linear | MappedHead,
         ledger: Ledger,
+        mover: Mover,
         max_rows: int,
         max_logit_rows: int,
-        mover: Mover,
         micro_rows: int = 0,
-        streams: Mapping[str, Stream[DecoderLayer]] | None = None,
     ) -> None:
-        self.spec, self.backends, self.streams = spec, backends, dict(streams or {})
-        self.micro_rows = 0 if self.streams or backends.experts else micro_rows
-        self.embedding, self.layers, self.norm, self.head = embedding, list(layers), norm, head
-        self.max_logit_rows, self._mover = max_logit_rows, mover
+        self.spec, self.backends, self.micro_rows = spec, backends, micro_rows
+        self.embedding, self.norm, self.head = embedding, norm, head
+        self.max_logit_rows, self.mover = max_logit_rows, mover
         self._workspaces: dict[int, Workspace] = {}
         self._workspace_reservations = {
             backend.device.name: ledger.reserve(backend.device.name, Kind.WORKSPACE, 0)
@@ -132,7 +105,7 @@ class Decoder:
         except BaseException:
             self.close()
             raise
-        self._segments = self._cut()
+        self._segments: list[Segment] = []  # made when they are needed
         self._locks = {id(backend): Lock() for backend in backends.distinct()}
 
     def workspace(self, max_rows: int) -> dict[str, int]:
@@ -171,9 +144,11 @@ class Decoder:
         rows, logit_rows = len(batch.token_ids), len(batch.logit_rows)
         if rows > self.max_rows or logit_rows > self.max_logit_rows:
             raise ValueError(f"a batch of {rows} rows, {logit_rows} of them wanted, is more than was planned for")
+        self._segments = self._segments or self._cut()
         segments = [s for s in self._segments if logit_rows or s.pieces or s.embeds]
         stays = [a.backend is b.backend for a, b in pairwise(segments)] + [True]
-        parts = split(batch, kv, self.micro_rows) if self.micro_rows and len(segments) > 1 else []
+        whole = len(segments) == 1 or self.mover.streams or self.backends.experts or not self.micro_rows
+        parts = [] if whole else split(batch, kv, self.micro_rows)
         if len(parts) > 1:
             wavefront([partial(self._pass, *stage) for stage in zip(segments, stays, strict=True)], parts)
             if logit_rows:
@@ -210,7 +185,7 @@ class Decoder:
         backend, workspace = segment.backend, self._workspaces[id(segment.backend)]
         if segment.embeds:
             backend.embed(batch, self.embedding, self.spec.embedding_scale, x)
-            self._mover.drop_rows()
+            self.mover.drop_rows()
         for layer, run, places, stream in segment.pieces:
             scratch = workspace.scratch(len(x), places)
             if stream is None:
@@ -244,44 +219,37 @@ class Decoder:
                 segments.append(Segment(backend, streamed=streamed))
             return segments[-1]
 
-        for layer, backend in zip(self.layers, self.backends.layers, strict=True):
+        for layer, backend in zip(self.mover.layers, self.backends.layers, strict=True):
+            if layer is None:
+                raise CheckpointError("the weights of a layer could not be read again", "load the model anew")
             part, apart = f"layers.{layer.index}", self.backends.experts.get(layer.index)
             works = [(part, backend, DecoderLayer.attend if apart else DecoderLayer.forward)]
             if apart:
                 works.append((f"{part}.experts", apart, DecoderLayer.feed))
             for name, where, run in works:
-                stream = self.streams.get(name)
+                stream = self.mover.streams.get(name)
                 enter(where, stream is not None).pieces.append(Piece(layer, run, layer.places, stream))
         enter(self.backends.head, False).scores = True
         return segments
 
-    def demote(self, index: int) -> None:
-        """Compute a layer that lies in host memory from the mapped file from now on: slower, and its memory is given
-        back, but for that of two layers which pass through. Raises UnsupportedError, and changes nothing, for a layer
-        with which that cannot be done. Not during a step."""
-        self.layers[index] = self._mover.demote(index)
-        self.streams[f"layers.{index}"] = self._mover.mapped
-        self._segments = self._cut()
-
-    def promote(self, index: int) -> None:
-        """Load a demoted layer again. Raises BudgetExceeded, and changes nothing, if there is no room."""
-        self.layers[index] = self._mover.promote(index)
-        del self.streams[f"layers.{index}"]
-        self._segments = self._cut()
+    def move(self, places: Mapping[int, Placement]) -> None:
+        """Have the weights of layers in other places from now on: where they are computed ("resident"), in host memory
+        ("stream"), or in the file ("disk"). The tokens stay the same. Raises BudgetExceeded or UnsupportedError, and
+        changes nothing, if that cannot be. Not during a step."""
+        self._segments = []  # they hold the layers, and so do the records of steps
+        for backend in self.backends.distinct():
+            backend.forget_steps()
+        self.mover.move(places)
 
     def close(self) -> None:
         """Give all memory and the reservations back; doing so twice is harmless. It must not be used after."""
-        if not self.layers:
+        if not self.mover.layers:
             return
-        for stream in self.streams.values():
-            stream.close()
         if isinstance(self.head, MappedHead):
             self.head.close()
-        self._mover.release()
+        self.mover.release()
         for reservation in self._workspace_reservations.values():
             reservation.release()
-        self.layers.clear()  # now, rather than when the garbage collector comes by
-        self.streams.clear()
-        self._workspaces.clear()
+        self._workspaces.clear()  # now, rather than when the garbage collector comes by
         self._segments = []
         del self.embedding, self.head

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from chandra.models.layers import DecoderLayer
 from chandra.ops.contracts import Array, Backend, Copied, Copy, HostBytes, IntArray, Linear, Norm
@@ -54,20 +54,6 @@ class Stream(ABC, Generic[T]):
     @abstractmethod
     def close(self) -> None:
         """Wait for what is under way, and let go of all memory."""
-
-
-class Mover(Protocol):
-    """What can move the weights of layers, and holds their reservations."""
-
-    @property
-    def mapped(self) -> Stream[DecoderLayer]: ...
-    def demote(self, index: int) -> DecoderLayer: ...
-    def promote(self, index: int) -> DecoderLayer: ...
-    def drop_rows(self) -> None:
-        """Drop what was looked up of an embedding that stays in the file."""
-        ...
-
-    def release(self) -> None: ...
 
 
 class _Turns:
@@ -208,7 +194,7 @@ class MappedStream(Stream[T]):
     """Things computed straight from a mapped file: a thread brings the pages of one into memory while the one before is
     used, and they are dropped when it has been.
 
-    `touch(i)` brings the pages, `drop(i)` drops them. Things may be added and removed between steps.
+    `touch(i)` brings the pages, `drop(i)` drops them. `items` are filled before the first is acquired.
     """
 
     HELD = 2  # at a time: the one in use and the next
@@ -234,12 +220,6 @@ class MappedStream(Stream[T]):
         if len(self.items) > self.HELD:
             self._forget(index)
             self._bring(self._from(index)[1:])
-
-    def remove(self, index: int) -> None:
-        """It is not computed from the file any more."""
-        if index in self._touched:
-            self._forget(index)
-        del self.items[index]
 
     def _from(self, index: int) -> list[int]:
         """One of them, and those that follow it: one more than is held, or all."""

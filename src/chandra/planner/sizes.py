@@ -13,10 +13,10 @@ import numpy as np
 
 from chandra.checkpoint import Checkpoint
 from chandra.models import find_sources, spec_from_config, tensor_table
-from chandra.models.loader import EMBEDDING
 from chandra.models.spec import ModelSpec, TensorSpec
 from chandra.models.tensors import part_of
 from chandra.models.transforms import loading_bytes
+from chandra.models.weights import EMBEDDING
 from chandra.planner.kernels import PLAIN, Kernels, built_kernels, packed_bytes
 from chandra.planner.mixes import LABELS, LOW_QUALITY, format_for, known_label
 from chandra.planner.placement import Ends, Floats, spread_sums

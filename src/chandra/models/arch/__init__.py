@@ -3,19 +3,7 @@
 from __future__ import annotations
 
 from chandra.errors import UnsupportedError
-from chandra.models.arch import (
-    falcon,
-    gemma,
-    gemma2,
-    gemma3,
-    llama,
-    mistral,
-    mixtral,
-    phi3,
-    qwen2,
-    qwen3,
-    qwen3moe,
-)
+from chandra.models.arch import falcon, gemma, gemma2, gemma3, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3moe
 from chandra.models.arch.base import Arch, Name, NameTable
 
 __all__ = ["ARCHS", "Arch", "Name", "NameTable", "arch_of_gguf", "arch_of_model_type"]
