@@ -122,7 +122,7 @@ def test_memory_is_as_planned(name: str, options: dict[str, Any], model_file: Ca
     for device, peak in found["arenas"].items():
         assert 0.97 * found["plan"][device] <= peak <= found["plan"][device], device
     promised, held = found["scratch"]
-    assert 0.1 * promised <= held <= promised  # packed weights need a quarter of what others would
+    assert 0.3 * promised <= held <= promised
     planned = resident(rows, found)
     print(f"{name} {options}: resident {found['peak'] / 2**20:.0f} of {planned / 2**20:.0f} MiB")
     piece, _ = rows.get(("cpu", "staging"), (0, 0))  # of the file, seldom there when all else is

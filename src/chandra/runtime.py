@@ -242,7 +242,7 @@ def _open_device(device: Device, spec: ModelSpec, made: Plan, settings: Settings
 
 
 def _limits(made: Plan) -> Limits:
-    return Limits(made.chunk, made.max_num_seqs, made.workload.context, made.max_logit_rows)
+    return Limits(made.chunk, made.max_num_seqs, made.workload.context, made.max_logit_rows, made.multiplies_floats)
 
 
 def _host_workspace(spec: ModelSpec, made: Plan) -> int:

@@ -54,6 +54,7 @@ def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
             "micro_rows",
             "max_num_seqs",
             "max_logit_rows",
+            "multiplies_floats",
             "predictions",
             "loading",
             "speed",

@@ -128,7 +128,7 @@ def load(
     model = plannable_config("synthetic", config, label)
     made, spec = plan(model, devices, machine, replace(constraints, format=label)), model.spec
     ledger = Ledger(made.devices)
-    limits = Limits(made.chunk, made.max_num_seqs, made.workload.context, made.max_logit_rows)
+    limits = Limits(made.chunk, made.max_num_seqs, made.workload.context, made.max_logit_rows, False)
     scratch = BuiltKernels().gpu_scratch(spec, limits, made.block_size)
     backends: dict[str, Backend] = {}
     for device in made.devices:

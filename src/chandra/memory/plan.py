@@ -88,6 +88,7 @@ class Plan:
     micro_rows: int  # tokens of the parts, at least, in which a step passes through several devices; 0: as a whole
     max_num_seqs: int
     max_logit_rows: int
+    multiplies_floats: bool  # whether the CPU does so with some weights, which takes more workspace
     predictions: tuple[Prediction, ...]
     loading: int  # bytes of the host at the highest before all is loaded and there is a cache
     speed: Speed

@@ -66,6 +66,7 @@ def assemble(found: Found, devices: Sequence[Device], reserve: int) -> Plan:
         micro_rows=micro_rows,
         max_num_seqs=candidate.max_num_seqs,
         max_logit_rows=candidate.max_num_seqs,
+        multiplies_floats=candidate.sizes.multiplies_floats,
         predictions=(*predictions, *([Prediction(HOST, Kind.SWAP, swapped)] if swapped else [])),
         loading=_loading(candidate, parts, predictions),
         speed=speed,

@@ -119,7 +119,8 @@ class Candidate:
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.chunk, self.max_num_seqs, self.workload.context, self.max_num_seqs)
+        floats = self.sizes.multiplies_floats
+        return Limits(self.chunk, self.max_num_seqs, self.workload.context, self.max_num_seqs, floats)
 
     def ropes(self, layers: Sequence[int] | None = None) -> int:
         """Bytes of the rotary embedding's frequencies for these layers; None: for all."""

@@ -27,12 +27,14 @@ def repacking(parts: Sequence[Part]) -> int:
 
 
 class Limits(NamedTuple):
-    """The most that one step takes: tokens, sequences, tokens in the cache of one of them, rows of logits."""
+    """The most that one step takes: tokens, sequences, tokens in the cache of one of them, rows of logits. `floats`:
+    the CPU multiplies some weights as floats, which takes more memory."""
 
     rows: int
     sequences: int
     context: int
     logit_rows: int
+    floats: bool
 
 
 _promised = 0  # bytes of scratch memory that the CPU's kernels may keep, by the plans of this process
@@ -72,6 +74,10 @@ class Kernels:
         """Whether a weight can be used as it is stored, in a file."""
         return True
 
+    def floats(self, format: str, shape: tuple[int, ...]) -> bool:  # noqa: ARG002
+        """Whether the CPU multiplies a weight as floats."""
+        return False
+
     def scratch_bytes(self, spec: ModelSpec, limits: Limits) -> int:  # noqa: ARG002
         """Bytes the CPU's kernels keep for themselves in such steps."""
         return 0
@@ -105,9 +111,15 @@ class BuiltKernels(Kernels):
         except ValueError:
             return False
 
+    def floats(self, format: str, shape: tuple[int, ...]) -> bool:
+        try:
+            return self._cpu.multiplies_floats(format, shape)
+        except ValueError:
+            return True
+
     def scratch_bytes(self, spec: ModelSpec, limits: Limits) -> int:
-        hidden, rows = spec.hidden_size, limits.rows
-        most, attention = self._cpu.linear_scratch_bytes(limits.logit_rows, hidden, 0), 0
+        hidden, rows, linear = spec.hidden_size, limits.rows, self._cpu.linear_scratch_bytes
+        most, attention = linear(limits.logit_rows, hidden, 0, limits.floats), 0
         for layer in set(spec.layers):
             a, mlp = layer.attention, layer.mlp
             batch = rows, limits.sequences, min(limits.context, a.window or limits.context)
@@ -115,7 +127,7 @@ class BuiltKernels(Kernels):
                 attention, self._cpu.attention_scratch_bytes(a.num_heads, a.num_kv_heads, a.head_dim, *batch)
             )
             widest = max(hidden, a.num_heads * a.head_dim, 0 if mlp.num_experts else mlp.intermediate_size)
-            most = max(most, self._cpu.linear_scratch_bytes(rows, widest, hidden if layer.post_norms else 0))
+            most = max(most, linear(rows, widest, hidden if layer.post_norms else 0, limits.floats))
             if mlp.num_experts:
                 expert = rows, hidden, mlp.intermediate_size, mlp.num_experts, mlp.experts_per_token
                 most = max(most, self._cpu.moe_scratch_bytes(*expert))
@@ -127,7 +139,7 @@ class BuiltKernels(Kernels):
     def gpu_scratch(self, spec: ModelSpec, limits: Limits, block_size: int) -> Scratch:
         from chandra.backends.cuda import sizes as cuda
 
-        rows, sequences, context, logit_rows = limits
+        rows, sequences, context, logit_rows, _ = limits
         hidden, most = spec.hidden_size, cuda.linear_bytes(logit_rows, spec.hidden_size, 0)
         for layer in set(spec.layers):
             a, mlp = layer.attention, layer.mlp

@@ -129,6 +129,7 @@ class ModelSizes:
     mix: tuple[tuple[str, int], ...]  # bytes in each format
     mapped: bool  # whether a host looks the rows of the embedding up in the file
     on_disk: bool  # whether the CPU can compute from the file
+    multiplies_floats: bool  # whether the CPU does so with some weights
 
     @property
     def low_quality(self) -> bool:
@@ -259,7 +260,7 @@ def _sizes(
 ) -> ModelSizes:
     packed, gpu, host = (Pieces(spec.num_layers) for _ in range(3))
     dense_macs, expert_macs = np.zeros((2, spec.num_layers))
-    values, on_disk = 0, stored is None
+    values, on_disk, floats = 0, stored is None, False
     tensors: list[Passing] = []
     mix: Counter[str] = Counter()
     for tensor in tensor_table(spec):
@@ -277,6 +278,7 @@ def _sizes(
         tensors.append(Passing(part, on_host, passing, mapped))
         values += math.prod(tensor.shape)
         if tensor.packable:
+            floats |= (spec.tied_embeddings or tensor.name != EMBEDDING) and kernels.floats(name, tensor.shape)
             on_disk &= format_read == name and not joined and kernels.in_place(name, tensor.shape)
         if tensor.layer is not None and tensor.role == "experts":
             used = spec.layers[tensor.layer].mlp.experts_per_token
@@ -301,4 +303,5 @@ def _sizes(
         mix=tuple(mix.items()),
         mapped=not spec.tied_embeddings and read.get(EMBEDDING, (table, False)) == (table, False),
         on_disk=on_disk,
+        multiplies_floats=floats,
     )

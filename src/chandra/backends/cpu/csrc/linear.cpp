@@ -180,8 +180,10 @@ int64_t probe_dot(int64_t rounds) {
   return tasks * rounds * kernels().probe_ops;
 }
 
-int64_t scratch_bytes(int64_t n, int64_t columns, int64_t rows) {
-  return Activations::bytes(n, columns, true, true) + n * rows * static_cast<int64_t>(sizeof(float));
+int64_t scratch_bytes(int64_t n, int64_t columns, int64_t rows, bool floats) {
+  const int64_t row = (columns + kBlock - 1) / kBlock * kBlock * 4, panel = kPanelRows * row / (floats ? 1 : 3);
+  const int64_t thread = 2 * row + panel;  // normed, of the embedding, and of a weight that is used where it lies
+  return Activations::bytes(n, columns, true, floats) + n * rows * 4 + Pool::shared().size() * thread;
 }
 
 }  // namespace chandra

@@ -45,8 +45,8 @@ void probe_read(const uint8_t* p, int64_t bytes);
 int64_t probe_dot(int64_t rounds);
 
 // Most bytes of scratch memory that the ops keep for n rows: `columns` of the widest input, `rows` of the widest output
-// in front of a post_norm. Each thread of the pool keeps one row and one panel besides.
-int64_t scratch_bytes(int64_t n, int64_t columns, int64_t rows);
+// in front of a post_norm; `floats`: some weights are multiplied as floats.
+int64_t scratch_bytes(int64_t n, int64_t columns, int64_t rows, bool floats);
 int64_t moe_scratch_bytes(int64_t n, int64_t hidden, int64_t intermediate, int64_t num_experts, int64_t top_k);
 
 }  // namespace chandra

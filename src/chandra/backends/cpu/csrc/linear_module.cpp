@@ -343,9 +343,12 @@ void register_linear(nb::module_& m) {
   }, nb::arg("array"), "Reads an array once with all threads: to be timed.");
   m.def("probe_dot", &probe_dot, nb::arg("rounds"), nb::call_guard<nb::gil_scoped_release>(),
         "Multiplies bytes in registers with all threads; returns how many operations that were: to be timed.");
-  m.def("linear_scratch_bytes", &scratch_bytes, nb::arg("n"), nb::arg("columns"), nb::arg("rows"),
+  m.def("multiplies_floats", [](const std::string& format, const nb::tuple& shape) {
+    return is_float(Weight::layout_of(format, read_shape(shape).columns));
+  }, nb::arg("format"), nb::arg("shape"), "Whether activations are floats for a weight, rather than bytes.");
+  m.def("linear_scratch_bytes", &scratch_bytes, nb::arg("n"), nb::arg("columns"), nb::arg("rows"), nb::arg("floats"),
         "Most bytes of scratch memory that the ops on n rows keep: `columns` of the widest input, `rows` of the widest "
-        "output in front of a post-norm.");
+        "output in front of a post-norm; `floats`: some weights are multiplied as floats.");
   m.def("moe_scratch_bytes", &moe_scratch_bytes, nb::arg("n"), nb::arg("hidden"), nb::arg("intermediate"),
         nb::arg("num_experts"), nb::arg("top_k"), "The same for a mixture of experts.");
 }
