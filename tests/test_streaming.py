@@ -52,7 +52,7 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def placements(plan: Plan) -> set[tuple[str, str]]:
-    return {(part.placement, part.device.split(":")[0]) for part in plan.layers}
+    return {(part.placement, part.device.split(":")[0]) for part in (*plan.layers, plan.head)}
 
 
 def check_memory(llm: LLM) -> None:
@@ -96,6 +96,11 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], set[tuple[str, str]]]] =
         ("stream",),
         {"device": "virtual:50MiB", "host": "PROCESS+65MiB", "disk": "1GiB"},
         {("disk", "virtual")},
+    ),
+    "all on disk beside a device": (
+        ("stream",),
+        {"device": "virtual:20MiB", "host": "PROCESS+40MiB", "disk": "1GiB"},
+        {("disk", "virtual"), ("disk", "cpu")},
     ),
 }
 

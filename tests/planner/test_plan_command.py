@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,17 @@ def test_comparison_lists_every_format(capsys: pytest.CaptureFixture[str]) -> No
     text = out(capsys, "llama2:7b", *DEVICES, "--compare")
     for label in ("F16", "Q8_0", "Q4_K_M", "Q2_K"):
         assert f"{label} " in text
+
+
+@pytest.mark.model
+def test_a_file_is_read_to_see_how_fast_its_pages_come(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model_file: Callable[[str], Path]
+) -> None:
+    asked = [str(model_file("smollm2:135m")), "--host", "90MiB", "--ctx", "256", "--disk", "1GiB", "--json"]
+    usual = json.loads(out(capsys, *asked))
+    assert "disk" in {part["placement"] for part in usual["layers"]}
+    monkeypatch.setattr("chandra.cli.plan.cached_rate", lambda checkpoint: 1e6 * (len(checkpoint.tensors) > 0))
+    assert json.loads(out(capsys, *asked))["speed"]["decode"] < usual["speed"]["decode"] / 10
 
 
 def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

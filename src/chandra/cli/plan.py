@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from chandra.checkpoint import open_checkpoint
@@ -23,6 +25,7 @@ from chandra.planner import (
     Machine,
     PlannableModel,
     PlanRequest,
+    cached_rate,
     calibrate,
     discover,
     plan,
@@ -80,6 +83,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     model, source = describe_model(store, arguments.model, request.quant)
     devices, machine = discover(request, settings, vocab_size=model.spec.vocab_size)
     constraints = request.constraints()
+    if constraints.disk and store.has(arguments.model):
+        with closing(open_checkpoint(Path(source))) as checkpoint:
+            machine = replace(machine, cached=cached_rate(checkpoint))
     if arguments.prompt:
         constraints = replace(constraints, prompt=arguments.prompt)
     question = Question(model, devices, machine, constraints)

@@ -26,8 +26,8 @@ HOST = "cpu"
 TORCH = 200 << 20  # bytes that the process grows by when it imports torch
 HOP = 2e-5  # seconds to hand the hidden state to the next device
 
-# 0: everything on the GPUs (or, without any, in host memory); 1: the rest in host memory; 2: and on disk; 3: without
-# GPUs, embedding and head on disk as well
+# 0: everything on the GPUs (or, without any, in host memory); 1: the rest in host memory; 2: and on disk; 3: embedding
+# and head on disk as well, computed by the CPU
 Spill = int
 Number = float | np.ndarray[Any, np.dtype[Any]]
 

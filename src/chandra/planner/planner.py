@@ -141,7 +141,7 @@ def _candidates(model: PlannableModel, machine: Machine, c: Constraints, has_gpu
     for sizes in model.variants:
         if c.format is not None and sizes.label.lower() != c.format.lower():
             continue
-        for spill in [*spills, *(([2] if has_gpus else [2, 3]) if c.disk and sizes.on_disk else [])]:
+        for spill in [*spills, *([2, 3] if c.disk and sizes.on_disk else [])]:
             for context, kv_type, chunk, parallel in product(contexts, kv_types, chunks, parallels):
                 if (spill or c.objective != "quality") and context in enough[:-1]:
                     continue  # what does not fit, or is to be fast, does not get more context than it needs
@@ -251,11 +251,8 @@ class _Site:
         if not self.gpus:
             yield candidate.offload("host", HOST, count)
             return
-        for n in (
-            sorted({-(-count * step // DISK_STEPS) for step in range(1, DISK_STEPS + 1)})
-            if self.candidate.spill > 1
-            else [0]
-        ):
+        steps = range(3 - candidate.spill, DISK_STEPS + 1) if candidate.spill > 1 else (0,)
+        for n in sorted({-(-count * step // DISK_STEPS) for step in steps}):
             if "host" in c.modes:
                 yield candidate.offload("host", None, n)
             for name in splitter.firsts():
@@ -275,7 +272,9 @@ def _sites(
         return
     steps = candidate.host_workspace(device.name for device in devices)
     heads = {
-        (d.cap, d.kind, machine.of(d.name), allowed[d.name]): d for d in devices if d.name != HOST or spill or alone
+        (d.cap, d.kind, machine.of(d.name), allowed[d.name]): d
+        for d in devices
+        if ((spill or alone) if d.name == HOST else spill < 3)
     }
     hosted = alone or HOST in c.layers or bool(spill and c.layers)
     for head in heads.values():
@@ -293,9 +292,10 @@ def _loading(candidate: Candidate, devices: Sequence[Device], disk: bool, steps:
     """Bytes of the host that loading may need beyond those of all that will be there. Without other devices it has what
     the cache and the workspace (`steps`: beside the decoder's) will take."""
     sizes = candidate.sizes
+    passing = sizes.passing_layers if candidate.outer_on_disk else sizes.passing
     if len(devices) > 1:
-        return sizes.passing
-    needed = sizes.loading_whole if not disk else sizes.passing_layers if candidate.outer_on_disk else sizes.passing
+        return passing
+    needed = passing if disk else sizes.loading_whole
     return max(0, needed - int(candidate.kv_need.sum()) - candidate.workspace(HOST, True) - steps)
 
 
