@@ -82,11 +82,11 @@ extern const AttentionKernels attention_portable, attention_avx2, attention_avx5
 // Floats of one partial: head_dim sums, the maximum and the normalizer.
 inline int64_t partial_floats(int head_dim) { return (head_dim + 2 + 15) / 16 * 16; }
 
-// Floats a thread needs for `few` and `many`. `many` computes rows in fours and sixes and so has some to spare.
-constexpr int kSpareRows = 6;
+// Floats a thread needs for `few` and `many`, which computes so many rows at a time and may read as many too many.
+constexpr int kManyRows = 6;
 inline int64_t few_floats(int head_dim) { return kFewRows * (head_dim + kTile + partial_floats(head_dim)); }
 inline int64_t many_floats(int64_t rows, int64_t padded) {
-  return (rows + kSpareRows) * (4 * padded + kTile + 8) + (2 * kTile + 16) * padded;
+  return (rows + kManyRows) * (3 * padded + 4) + kManyRows * (padded + kTile) + (2 * kTile + 16) * padded;
 }
 
 // Most bytes that calls for up to `rows` tokens of up to `sequences` sequences of `context` tokens keep in memory: the

@@ -87,20 +87,21 @@ Stats softmax_tile(float* scores, int begin, int end, float softcap) {
     return {};
   }
   const int first = begin / W * W, last = (end + W - 1) / W * W;
+  const auto seen = [&](vec x, int i, float other) {  // only the vectors at the ends need a mask
+    return i < begin || i + W > end ? keep(x, begin - i, end - i, other) : x;
+  };
   vec top = set1(kLowest);
   for (int i = first; i < last; i += W) {
     vec x = load(scores + i);
-    if (softcap) x = cap(x, softcap);
-    x = keep(x, begin - i, end - i, kLowest);
-    store(scores + i, x);
-    top = max(top, x);
+    if (softcap) store(scores + i, x = cap(x, softcap));
+    top = max(top, seen(x, i, kLowest));
   }
   Stats stats;
   stats.max = max_lane(top);
   vec sum = zero();
   for (int i = 0; i < first; i += W) store(scores + i, zero());
   for (int i = first; i < last; i += W) {
-    const vec p = keep(exp2(sub(load(scores + i), set1(stats.max))), begin - i, end - i, 0.0f);
+    const vec p = seen(exp2(seen(sub(load(scores + i), set1(stats.max)), i, kLowest)), i, 0.0f);
     store(scores + i, p);
     sum = add(sum, p);
   }
@@ -131,9 +132,15 @@ void finish(const float* total, Stats stats, int n, float* out) {
 // The scores of W keys are sums over lanes of products; both kernels add the lanes in the order l + l/2, l/4, …:
 // `few` has one vector of partial sums for each key and folds them pairwise, `many` has one vector for each lane.
 
+constexpr int kWide = W / 4;  // vectors of values at a time: what the registers hold for several rows
+
 // ---- few queries: keys and values in place
 
-constexpr int kAhead = 64;  // keys: the distance at which they are fetched into the cache
+// What comes from memory is asked for a phase before it is needed: a tile's values while its keys are multiplied, the
+// next tile's keys while the values are added up.
+CHANDRA_INLINE void fetch(const uint8_t* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
 
 // Products of R queries with one key, for each lane.
 template <int R>
@@ -143,18 +150,12 @@ struct Sums {
 
 template <KvType T, int R>
 struct KeyBlock {
+  static constexpr int N = together(T);
   const uint8_t* base;
   int64_t stride;
   const float* q;
   int padded;
-  const uint8_t *ahead, *values;  // rows to fetch meanwhile: keys further on, the values of these keys
-
-  CHANDRA_INLINE void fetch(int key) const {
-    for (int64_t at = 0; at < stride; at += 64) {
-      __builtin_prefetch(ahead + key * stride + at, 0, 3);
-      __builtin_prefetch(values + key * stride + at, 0, 2);
-    }
-  }
+  const uint8_t* values;  // of these keys
 
   // The scores of the W / STEP keys KEY, KEY + STEP, …, folded so far.
   template <int KEY, int STEP>
@@ -162,11 +163,13 @@ struct KeyBlock {
     Sums<R> x;
     if constexpr (STEP == W) {
       const uint8_t* row = base + KEY * stride;
-      fetch(KEY);
+      fetch(values + KEY * stride, stride);
       for (int r = 0; r < R; ++r) x.row[r] = zero();
-      for (int j = 0; j < padded / W; ++j) {
-        const vec k = load_kv<T>(row, j);
-        for (int r = 0; r < R; ++r) x.row[r] = fma(load(q + r * padded + j * W), k, x.row[r]);
+      for (int unit = 0; unit * N < padded / W; ++unit) {
+        vec k[N];
+        load_kv<T>(row, unit, k);
+        for (int i = 0; i < N; ++i)
+          for (int r = 0; r < R; ++r) x.row[r] = fma(load(q + r * padded + (unit * N + i) * W), k[i], x.row[r]);
       }
     } else {
       x = scores<KEY, STEP * 2>();
@@ -178,30 +181,34 @@ struct KeyBlock {
 };
 
 template <KvType T, int R>
-void few_scores(const Pages& pages, int64_t begin, int64_t end, int64_t last, int64_t tile, const float* q, int padded,
+void few_scores(const Pages& pages, int64_t begin, int64_t end, int64_t tile, const float* q, int padded,
                 float* scores) {
   for (int64_t key = begin / W * W; key < end; key += W) {
-    const int64_t offset = pages.offset(key), further = key + kAhead < last ? pages.offset(key + kAhead) : offset;
-    const KeyBlock<T, R> block{pages.cache.k + offset, pages.cache.row_bytes,      q, padded,
-                               pages.cache.k + further, pages.cache.v + offset};
+    const int64_t offset = pages.offset(key);
+    const KeyBlock<T, R> block{pages.cache.k + offset, pages.cache.row_bytes, q, padded, pages.cache.v + offset};
     const Sums<R> x = block.template scores<0, 1>();
     for (int r = 0; r < R; ++r) store(scores + r * kTile + (key - tile), x.row[r]);
   }
 }
 
-// out[r][..] = sum of weights[r][key] * value[key]; V vectors at a time.
+// out[r][..] = sum of weights[r][key] * value[key]; V vectors at a time. The keys of the next tile, up to `last`, are
+// fetched a part with each.
 template <KvType T, int R, int V>
-CHANDRA_INLINE void few_values_at(const Pages& pages, int64_t begin, int64_t end, int64_t tile, const float* weights,
-                                  int first, float* out, int64_t stride) {
+CHANDRA_INLINE void few_values_at(const Pages& pages, int64_t begin, int64_t end, int64_t last, int64_t tile,
+                                  const float* weights, int first, float* out, int64_t stride) {
+  const int64_t row_bytes = pages.cache.row_bytes, from = first * W * row_bytes / stride, to = V * W * row_bytes / stride;
+  constexpr int N = together(T);
   vec sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < V; ++i) sum[r][i] = zero();
   for (int64_t key = begin; key < end;) {
     const int64_t stop = min_of(end, (key / pages.cache.block_size + 1) * pages.cache.block_size);
     const uint8_t* row = pages.cache.v + pages.offset(key);
-    for (; key < stop; ++key, row += pages.cache.row_bytes) {
+    const uint8_t* next = key + kTile < last ? pages.cache.k + pages.offset(key + kTile) + from : nullptr;
+    for (; key < stop; ++key, row += row_bytes) {
+      if (next) fetch(next, to), next += row_bytes;
       vec value[V];
-      for (int i = 0; i < V; ++i) value[i] = load_kv<T>(row, first + i);
+      for (int i = 0; i < V; i += N) load_kv<T>(row, (first + i) / N, value + i);
       for (int r = 0; r < R; ++r) {
         const vec weight = set1(weights[r * kTile + (key - tile)]);
         for (int i = 0; i < V; ++i) sum[r][i] = fma(weight, value[i], sum[r][i]);
@@ -213,11 +220,13 @@ CHANDRA_INLINE void few_values_at(const Pages& pages, int64_t begin, int64_t end
 }
 
 template <KvType T, int R>
-void few_values(const Pages& pages, int64_t begin, int64_t end, int64_t tile, const float* weights, int padded,
-                float* out, int64_t stride) {
+void few_values(const Pages& pages, int64_t begin, int64_t end, int64_t last, int64_t tile, const float* weights,
+                int padded, float* out, int64_t stride) {
   int j = 0;
-  for (; j + 4 <= padded / W; j += 4) few_values_at<T, R, 4>(pages, begin, end, tile, weights, j, out, stride);
-  for (; j < padded / W; ++j) few_values_at<T, R, 1>(pages, begin, end, tile, weights, j, out, stride);
+  for (; j + kWide <= padded / W; j += kWide)
+    few_values_at<T, R, kWide>(pages, begin, end, last, tile, weights, j, out, stride);
+  for (constexpr int N = together(T); j < padded / W; j += N)
+    few_values_at<T, R, N>(pages, begin, end, last, tile, weights, j, out, stride);
 }
 
 template <KvType T>
@@ -235,6 +244,7 @@ void few(const AttentionCall& call, int64_t sequence, int kv_head, int64_t begin
     query[r] = query_of(call, sequence, kv_head, r);
     copy_query(shape, query[r].q, d, q + r * d);
   }
+  const int64_t last = query[rows - 1].position + 1;
   for (int64_t tile = begin / kTile * kTile; tile < end; tile += kTile) {
     const int64_t stop = min_of(end, tile + kTile);
     for (int r0 = 0; r0 < rows;) {
@@ -246,14 +256,14 @@ void few(const AttentionCall& call, int64_t sequence, int kv_head, int64_t begin
       }
       const auto both = [&](auto constant) {
         constexpr int R = decltype(constant)::value;
-        few_scores<T, R>(pages, low, high, end, tile, q + r0 * d, d, scores + r0 * kTile);
+        few_scores<T, R>(pages, low, high, tile, q + r0 * d, d, scores + r0 * kTile);
         Stats stats[R];
         for (int r = 0; r < R; ++r) {
           const Query& x = query[r0 + r];
           stats[r] = softmax_tile(scores + (r0 + r) * kTile, static_cast<int>(max_of(x.first - tile, 0)),
                                   static_cast<int>(min_of(x.position + 1, stop) - tile), shape.softcap);
         }
-        few_values<T, R>(pages, low, high, tile, scores + r0 * kTile, d, sums + r0 * stride, stride);
+        few_values<T, R>(pages, low, high, last, tile, scores + r0 * kTile, d, sums + r0 * stride, stride);
         for (int r = r0; r < r0 + R; ++r) fold(partials + r * stride, total[r], sums + r * stride, stats[r - r0], d);
       };
       if (low < high) {
@@ -294,9 +304,14 @@ void merge(const AttentionCall& call, int64_t sequence, int kv_head, int64_t fir
 
 template <KvType T>
 void unpack_row(const uint8_t* row, int d, int padded, float* to) {
-  int j = 0;
-  for (; (j + 1) * W <= d; ++j) store(to + j * W, load_kv<T>(row, j));
-  for (int i = j * W; i < padded; ++i) {  // only the float types come in rows of any length
+  constexpr int N = together(T);
+  int whole = 0;
+  for (; whole + N * W <= d; whole += N * W) {
+    vec x[N];
+    load_kv<T>(row, whole / W / N, x);
+    for (int i = 0; i < N; ++i) store(to + whole + i * W, x[i]);
+  }
+  for (int i = whole; i < padded; ++i) {  // only the float types come in rows of any length
     float x = 0;
     if (i < d) {
       if constexpr (T == KvType::f32) std::memcpy(&x, row + i * 4, 4);
@@ -405,7 +420,8 @@ CHANDRA_INLINE void many_values_at(const float* values, int begin, int end, cons
 template <int R>
 void many_values(const float* values, int begin, int end, const float* weights, int padded, float* out) {
   int j = 0;
-  for (; j + 4 <= padded / W; j += 4) many_values_at<R, 4>(values + j * W, begin, end, weights, padded, out + j * W);
+  for (; j + kWide <= padded / W; j += kWide)
+    many_values_at<R, kWide>(values + j * W, begin, end, weights, padded, out + j * W);
   for (; j < padded / W; ++j) many_values_at<R, 1>(values + j * W, begin, end, weights, padded, out + j * W);
 }
 
@@ -414,15 +430,12 @@ void many(const AttentionCall& call, int64_t sequence, int kv_head, int64_t quer
   const AttentionShape& shape = *call.shape;
   const Pages pages(call, sequence, kv_head);
   const int d = shape.head_dim, padded = (d + W - 1) / W * W, group = call.group();
-  const int rows = static_cast<int>(count) * group;
-  const int spare = kSpareRows;
+  const int rows = static_cast<int>(count) * group, room = rows + kManyRows;
   float* q = scratch.floats(many_floats(rows, padded));
-  float* scores = q + (rows + spare) * padded;
-  float* sums = scores + (rows + spare) * kTile;
-  float *split = sums + (rows + spare) * padded, *total = split + (rows + spare) * padded;
-  float *keys = total + (rows + spare) * padded, *values = keys + kTile * padded, *staging = values + kTile * padded;
-  Stats* in_split = reinterpret_cast<Stats*>(staging + W * padded);
-  Stats *in_total = in_split + rows + spare, *in_tile = in_total + rows + spare;
+  float *split = q + room * padded, *total = split + room * padded;
+  float *scores = total + room * padded, *sums = scores + kManyRows * kTile;
+  float *keys = sums + kManyRows * padded, *values = keys + kTile * padded, *staging = values + kTile * padded;
+  Stats *in_split = reinterpret_cast<Stats*>(staging + W * padded), *in_total = in_split + room;
 
   int64_t low = INT64_MAX, high = 0;
   for (int r = 0; r < rows; ++r) {
@@ -432,27 +445,35 @@ void many(const AttentionCall& call, int64_t sequence, int kv_head, int64_t quer
     high = max_of(high, x.position + 1);
     in_split[r] = in_total[r] = {};
   }
-  std::memset(q + rows * padded, 0, static_cast<size_t>(spare * padded) * sizeof(float));
-  std::memset(scores + rows * kTile, 0, static_cast<size_t>(spare * kTile) * sizeof(float));
+  std::memset(q + rows * padded, 0, static_cast<size_t>(kManyRows * padded) * sizeof(float));
+  std::memset(scores, 0, kManyRows * kTile * sizeof(float));
   for (int64_t tile = low / kTile * kTile; tile < high; tile += kTile) {
-    const int64_t begin = max_of(low, tile), end = min_of(high, tile + kTile);
-    const int from = static_cast<int>(begin - tile), to = static_cast<int>(end - tile);
-    unpack_tile<T>(pages, tile, begin, end, d, padded, keys, values, staging);
-    for (int r = 0; r < rows; r += 4) many_scores<4>(keys, from, to, q + r * padded, padded, scores + r * kTile);
-    for (int r = 0; r < rows; ++r) {
-      const Query x = query_of(call, sequence, kv_head, query * group + r);
-      const int64_t first = max_of(x.first - tile, 0), last = min_of(x.position + 1 - tile, kTile);
-      in_tile[r] = softmax_tile(scores + r * kTile, static_cast<int>(min_of(first, kTile)),
-                                static_cast<int>(max_of(last, 0)), shape.softcap);
-    }
-    for (int r = 0; r < rows; r += 6)
-      many_values<6>(values, from, to, scores + r * kTile, padded, sums + r * padded);
+    unpack_tile<T>(pages, tile, max_of(low, tile), min_of(high, tile + kTile), d, padded, keys, values, staging);
     const bool split_ends = (tile + kTile) % kSplit == 0 || tile + kTile >= high;
-    for (int r = 0; r < rows; ++r) {
-      fold(split + r * padded, in_split[r], sums + r * padded, in_tile[r], padded);
-      if (!split_ends) continue;
-      fold(total + r * padded, in_total[r], split + r * padded, in_split[r], padded);
-      in_split[r] = {};
+    for (int r0 = 0; r0 < rows; r0 += kManyRows) {
+      const int r1 = static_cast<int>(min_of(r0 + kManyRows, rows));
+      int from = kTile, to = 0;  // what these rows see of the tile
+      int first[kManyRows], end[kManyRows];
+      for (int r = r0; r < r1; ++r) {
+        const Query x = query_of(call, sequence, kv_head, query * group + r);
+        first[r - r0] = static_cast<int>(min_of(max_of(x.first - tile, 0), kTile));
+        end[r - r0] = static_cast<int>(max_of(min_of(x.position + 1 - tile, kTile), 0));
+        from = static_cast<int>(min_of(from, first[r - r0]));
+        to = static_cast<int>(max_of(to, end[r - r0]));
+      }
+      Stats in_tile[kManyRows];
+      if (from < to) {
+        many_scores<kManyRows>(keys, from, to, q + r0 * padded, padded, scores);
+        for (int r = r0; r < r1; ++r)
+          in_tile[r - r0] = softmax_tile(scores + (r - r0) * kTile, first[r - r0], end[r - r0], shape.softcap);
+        many_values<kManyRows>(values, from, to, scores, padded, sums);
+      }
+      for (int r = r0; r < r1; ++r) {
+        fold(split + r * padded, in_split[r], sums + (r - r0) * padded, in_tile[r - r0], padded);
+        if (!split_ends) continue;
+        fold(total + r * padded, in_total[r], split + r * padded, in_split[r], padded);
+        in_split[r] = {};
+      }
     }
   }
   for (int r = 0; r < rows; ++r)

@@ -12,23 +12,27 @@ namespace {
 
 // ---- cache rows
 
+// Vectors of a row that are loaded together: two with the same scale.
+constexpr int together(KvType type) { return type == KvType::q8_0 || type == KvType::q4_0 ? 2 : 1; }
+
 template <KvType T>
-CHANDRA_INLINE vec load_kv(const uint8_t* row, int j) {  // values [j * W, (j + 1) * W)
+CHANDRA_INLINE void load_kv(const uint8_t* row, int unit, vec* to) {  // vectors [unit, unit + 1) * together(T)
   if constexpr (T == KvType::f32) {
-    return load(reinterpret_cast<const float*>(row) + j * W);
+    *to = load(reinterpret_cast<const float*>(row) + unit * W);
   } else if constexpr (T == KvType::f16) {
-    return load_f16(row + j * W * 2);
+    *to = load_f16(row + unit * W * 2);
   } else if constexpr (T == KvType::bf16) {
-    return load_bf16(row + j * W * 2);
+    *to = load_bf16(row + unit * W * 2);
   } else {
-    constexpr int per_block = 32 / W, bytes = T == KvType::q8_0 ? 34 : 18;
-    const uint8_t* block = row + j / per_block * bytes;
-    const int part = j % per_block;
-    uint16_t scale;
-    std::memcpy(&scale, block, 2);
-    const vec x = T == KvType::q8_0 ? load_i8(block + 2 + part * W)
-                                    : load_nibbles(block + 2 + part % (16 / W) * W, part >= 16 / W);
-    return mul(x, set1(f16_to_f32(scale)));
+    constexpr int units = 16 / W;  // of a block
+    const uint8_t* block = row + unit / units * (T == KvType::q8_0 ? 34 : 18);
+    const vec scale = splat_f16(block);
+    for (int i = 0; i < 2; ++i) {
+      const int part = unit % units * 2 + i;
+      const vec x = T == KvType::q8_0 ? load_i8(block + 2 + part * W)
+                                      : load_nibbles(block + 2 + part % (16 / W) * W, part >= 16 / W);
+      to[i] = mul(x, scale);
+    }
   }
 }
 

@@ -80,6 +80,11 @@ CHANDRA_INLINE float max_lane(vec a) { return _mm512_reduce_max_ps(a); }
 CHANDRA_INLINE vec load_f16(const void* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
 }
+CHANDRA_INLINE vec splat_f16(const void* p) {
+  uint16_t half;
+  std::memcpy(&half, p, 2);
+  return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(half)));
+}
 CHANDRA_INLINE void store_f16(void* p, vec x) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -146,6 +151,11 @@ CHANDRA_INLINE float max_lane(vec a) {
   return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
 CHANDRA_INLINE vec load_f16(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+CHANDRA_INLINE vec splat_f16(const void* p) {
+  uint16_t half;
+  std::memcpy(&half, p, 2);
+  return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(half)));
+}
 CHANDRA_INLINE void store_f16(void* p, vec x) {
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -239,6 +249,11 @@ CHANDRA_INLINE float max_lane(vec a) {
 }
 CHANDRA_INLINE vec load_f16(const void* p) {
   return each([&](int i) { return f16_to_f32(static_cast<const uint16_t*>(p)[i]); });
+}
+CHANDRA_INLINE vec splat_f16(const void* p) {
+  uint16_t half;
+  std::memcpy(&half, p, 2);
+  return set1(f16_to_f32(half));
 }
 CHANDRA_INLINE void store_f16(void* p, vec x) {
   for (int i = 0; i < W; ++i) {
