@@ -302,6 +302,7 @@ int32_t probe_dot(int64_t rounds) {
   typename S::I sums[kChains] = {};
   const typename S::B w[8] = {S::mask(1), S::mask(3), S::mask(5), S::mask(7), S::mask(2), S::mask(4), S::mask(6), S::mask(8)};
   for (int64_t r = 0; r < rounds; ++r) {
+    asm volatile("" : : "r"(x) : "memory");  // or products that stay the same are made once
 #pragma GCC unroll 8
     for (int c = 0; c < kChains; ++c) sums[c] = S::template dot<15>(sums[c], w, x + 32 * c, 8);
   }
