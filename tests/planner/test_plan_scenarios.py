@@ -171,6 +171,14 @@ def test_a_slow_cpu_streams() -> None:
     assert {part.placement for part in made.layers} == {"resident", "stream"}
 
 
+def test_only_a_host_that_computes_keeps_room_for_repacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [*gpus("6GiB"), host("32GiB")]
+    monkeypatch.setattr("chandra.planner.planner.PIECE", 1 << 40)
+    assert whole(make("gemma:2b", devices))
+    with pytest.raises(DoesNotFit):
+        make("llama2:13b", devices, format="Q8_0")
+
+
 def test_ranges_are_kept_or_refused() -> None:
     devices = [*gpus("24GiB", "24GiB"), host("64GiB")]
     made = make("qwq:32b", devices, layers={"gpu:1": [(0, 19)]})

@@ -283,7 +283,8 @@ def _sites(
             computes = device.name != HOST or spill > 0 or hosted
             taken = candidate.taken(device.name, device is head, computes) + c.reserve
             room[device.name] = float(device.cap - taken)
-        room[HOST] -= steps + PIECE + _loading(candidate, devices, spill >= 2, steps) + (c.swap or 0)
+        repacking = PIECE if spill or hosted else 0
+        room[HOST] -= steps + repacking + _loading(candidate, devices, spill >= 2, steps) + (c.swap or 0)
         if min(room[HOST], room[head.name]) >= 0:
             yield _Site(candidate, devices, head, room, allowed, hosted)
 

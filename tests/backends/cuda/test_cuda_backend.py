@@ -16,6 +16,7 @@ from chandra.backends.cuda.accelerator import Accelerator, guard
 from chandra.backends.cuda.backend import CudaBackend
 from chandra.errors import BudgetExceeded, DeviceError
 from chandra.memory.device import Device
+from chandra.memory.plan import Placement
 from chandra.ops.contracts import ForwardBatch
 from chandra.ops.reference import ReferenceBackend
 from chandra.quant import PackedWeight, get_format
@@ -61,6 +62,26 @@ def test_streamed_layers_say_the_same() -> None:
     backend = cuda(graphs=1 << 20)
     wanted = Model("llama", [backend], "Q4_0").talk(2)
     assert np.array_equal(Model("llama", [backend], "Q4_0", streamed=2).talk(2), wanted)
+
+
+def test_layers_that_move_between_steps_say_the_same() -> None:
+    backend = cuda(graphs=1 << 20)
+    model = Model("llama", [backend], "Q4_0")
+    wanted = model.talk(2)
+    graphs, mover = backend._graphs, model.decoder.mover
+
+    def besides() -> int:
+        need = mover.needed(mover.places)
+        return backend.arena.used - sum(nbytes for (device, _), nbytes in need.items() if device == "cuda:0")
+
+    before = besides()
+    moves: list[dict[int, Placement]] = [{0: "stream", 1: "disk"}, {0: "resident", 1: "resident"}]
+    for places in moves:
+        assert graphs._recorded
+        model.decoder.move(places)
+        assert not graphs._recorded  # they hold the addresses of weights that have gone
+        assert np.array_equal(model.talk(2), wanted)
+        assert besides() == before
 
 
 def test_a_recorded_step_is_repeated_and_forgotten_when_memory_moves() -> None:
