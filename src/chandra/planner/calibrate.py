@@ -164,7 +164,7 @@ def calibrate(settings: Settings, quick: bool = False) -> Machine:
 
 def _identity(settings: Settings) -> dict[str, Any]:
     """What a calibration is good for."""
-    model, cores = platform.processor(), settings.threads or usable_cores()
+    model, cores = platform.machine(), settings.threads or usable_cores()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

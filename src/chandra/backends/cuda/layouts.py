@@ -18,7 +18,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -176,6 +175,8 @@ def pack(weight: PackedWeight, out: Bytes) -> None:
             own["codes"][start:stop, :columns] = _floats(weight, first, last)
         else:
             _store(_READERS[weight.format.name](weight, first, last), own, arrangement, start, stop)
+
+    from concurrent.futures import ThreadPoolExecutor  # here: plans without a GPU do without
 
     with ThreadPoolExecutor(THREADS) as pool:  # numpy lets go of the interpreter
         list(pool.map(repack, itertools.product(range(experts), spans(rows, CHUNK // columns))))
