@@ -43,11 +43,12 @@ void pack_panels(const Source& source, int64_t rows, int64_t first, int64_t end,
   });
 }
 
-// Takes the whole pages of a mapped file between these addresses out of the process; returns where the rest begins.
-const uint8_t* drop_pages(const uint8_t* begin, const uint8_t* end) {
+// Takes pages of a mapped file out of the process: those wholly between these addresses, or all that have bytes there.
+// Returns where the rest begins.
+const uint8_t* drop_pages(const uint8_t* begin, const uint8_t* end, bool edges) {
   static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
-  const uintptr_t last = reinterpret_cast<uintptr_t>(end) / page * page;
+  const uintptr_t before = page - 1, at = reinterpret_cast<uintptr_t>(begin), stop = reinterpret_cast<uintptr_t>(end);
+  const uintptr_t first = (edges ? at : at + before) / page * page, last = (edges ? stop + before : stop) / page * page;
   if (first >= last) return begin;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
   return reinterpret_cast<const uint8_t*>(last);
@@ -127,7 +128,10 @@ Weight::~Weight() {
 
 void Weight::repack() const {
   const std::lock_guard lock(repacking_);
-  if (!in_place()) return;
+  if (!in_place()) {
+    drop_pages(source_.data, source_.data + source_.rows * row_bytes(), true);
+    return;
+  }
   try {
     memory_ = allocate_panels(static_cast<size_t>(repacked_bytes()));
   } catch (const std::bad_alloc&) {
@@ -140,7 +144,7 @@ void Weight::repack() const {
     const int64_t end = std::min(all, first + piece);
     pack_panels(source_, rows_, first, end, memory_.get(), true);
     const int64_t rows = end / panels() * rows_ + end % panels() * kPanelRows;
-    dropped = drop_pages(dropped, source_.data + rows * row_bytes());
+    dropped = drop_pages(dropped, source_.data + rows * row_bytes(), false);
   }
   panels_.store(memory_.get(), std::memory_order_release);
 }
@@ -166,7 +170,7 @@ int64_t Weight::row_bytes() const {
 void Weight::looked_up(int64_t rows) const {
   if (when_ != Repack::lookup || (looked_up_ += rows) < kLookups) return;
   looked_up_ = 0;
-  drop_pages(source_.data, source_.data + source_.rows * row_bytes());
+  drop_pages(source_.data, source_.data + source_.rows * row_bytes(), true);
 }
 
 void Weight::unpack_row(int64_t row, float* out) const {

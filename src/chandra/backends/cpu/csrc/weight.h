@@ -69,9 +69,11 @@ class Weight {
 
   // To be asked once before each product: whether `repack` is to be called now.
   bool due() const {
-    return when_ == Repack::later && in_place() && products_.fetch_add(1, std::memory_order_relaxed) > 0;
+    return when_ == Repack::later && (in_place() || products_.load(std::memory_order_relaxed) < 3) &&
+           products_.fetch_add(1, std::memory_order_relaxed) > 0;
   }
-  // Others may compute with the weight meanwhile. Where there is no memory, it stays in place.
+  // Others may compute with the weight meanwhile. Where there is no memory, it stays in place. The second call drops the
+  // pages that it shares with others in the file, which they no longer read by then.
   void repack() const;
 
   // A panel, made in this thread's scratch memory if need be: good until the next call in this thread.
