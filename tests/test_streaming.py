@@ -215,6 +215,27 @@ with LLM({str(copy)!r}, ctx=256, host="80MiB", disk="1GiB") as llm:
     assert "told" in done.stdout, done.stderr
 
 
+def test_a_file_that_is_cut_short_before_its_weights_are_used_is_an_error_too(model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model.gguf"
+    copy.write_bytes(model.read_bytes())
+    code = f"""
+import os
+from chandra import LLM, SamplingParams
+from chandra.errors import CheckpointError
+with LLM({str(copy)!r}, ctx=256) as llm:  # repacks weights when they are first used
+    os.truncate({str(copy)!r}, 1 << 20)
+    for _ in range(2):
+        try:
+            llm.generate("Hello", SamplingParams(max_tokens=2))
+        except CheckpointError as error:
+            print("told", error)
+with LLM({str(model)!r}, ctx=256) as llm:
+    print("fine", llm.generate("Hello", SamplingParams(max_tokens=2))[0].outputs[0].token_ids)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.count("told"), done.stdout.count("fine")) == (2, 1), done.stderr
+
+
 def test_a_model_three_times_the_budget_runs_within_it(model_file: Callable[[str], Path]) -> None:
     path = model_file("qwen2.5-coder:0.5b")
     budget = path.stat().st_size // 3

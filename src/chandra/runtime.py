@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,10 +14,11 @@ from threading import Event, RLock, Thread
 from typing import TYPE_CHECKING
 
 from chandra.backends import make_backend
-from chandra.checkpoint import Checkpoint, open_checkpoint
+from chandra.backends.cpu import _cpu
+from chandra.checkpoint import Checkpoint, MappedCheckpoint, open_checkpoint
 from chandra.config import Settings
 from chandra.engine import Engine, EngineConfig, Output, Pressure
-from chandra.errors import BudgetExceeded, ChandraError
+from chandra.errors import BudgetExceeded, ChandraError, CheckpointError
 from chandra.kvcache import KVPool, SwapSpace, group_layers, swap_slots
 from chandra.memory.device import Device
 from chandra.memory.host import memory_available, peak_resident, resident_bytes
@@ -56,6 +57,7 @@ class Runtime:
     load_seconds: float
     resources: ExitStack
     state: StateFile
+    check_files: Callable[[], None]
     loaded: float = field(default_factory=time.time)
     lock: RLock = field(default_factory=RLock)  # to be held while the engine is used
 
@@ -118,18 +120,24 @@ class Runtime:
 
     def step(self) -> list[Output]:
         """Compute one batch, after giving way where memory has become short. A device that runs out of memory in the
-        middle gets what it asked for, and the batch is computed again."""
+        middle gets what it asked for, and the batch is computed again. Raises CheckpointError if it has
+        needed what a file has lost meanwhile."""
         with self.lock:
             self.poll()
             self.tell()
-            try:
-                return self.engine.step()
-            except BudgetExceeded as error:
-                short = error.device, error.nbytes  # not the error: it holds the layers that may have to move
-                if error.device not in self.ledger.names:
-                    raise
-            self.pressure.relieve(*short, last_resort=True)
+            outputs = self._step()
+            self.check_files()
+            return outputs
+
+    def _step(self) -> list[Output]:
+        try:
             return self.engine.step()
+        except BudgetExceeded as error:
+            short = error.device, error.nbytes  # not the error: it holds the layers that may have to move
+            if error.device not in self.ledger.names:
+                raise
+        self.pressure.relieve(*short, last_resort=True)
+        return self.engine.step()
 
     def poll(self) -> None:
         """Give way where memory has become short, or take back what was given; a thread does so while no step is."""
@@ -157,6 +165,7 @@ def load(
         resources.enter_context(store.hold(stored))
         checkpoint = open_checkpoint(stored.path)
         resources.callback(checkpoint.close)
+        check_files = _guard(checkpoint, resources)
         spec = read_spec(checkpoint)
         tokenizer = load_tokenizer(checkpoint)
         tokenizer.check_rows(spec.vocab_size)
@@ -182,6 +191,7 @@ def load(
         engine = Engine(decoder, pool, config, spec.vocab_size, tokenizer.eos_ids, swap)
         state = StateFile(settings.home)
         resources.callback(state.remove)
+        check_files()
         runtime = Runtime(
             stored=stored,
             spec=spec,
@@ -195,15 +205,36 @@ def load(
             load_seconds=time.monotonic() - started,
             resources=resources.pop_all(),
             state=state,
+            check_files=check_files,
         )
         promise_scratch(spec, _limits(made))
         runtime.tell(now=True)
-        closed = Event()
-        watch = Thread(target=_watch, args=(weakref.ref(runtime), closed), name="chandra-watch", daemon=True)
-        watch.start()
-        runtime.resources.callback(watch.join)
-        runtime.resources.callback(closed.set)
+        _begin_watch(runtime)
         return runtime
+
+
+def _guard(checkpoint: MappedCheckpoint, resources: ExitStack) -> Callable[[], None]:
+    """What raises CheckpointError if something was read from a file that had become shorter than it was when it was
+    opened, which ends no process then."""
+    guards = [_cpu.Guard(view) for view in checkpoint.views()]
+    resources.callback(guards.clear)
+
+    def check() -> None:
+        if any(guard.lost for guard in guards):
+            raise CheckpointError(
+                f"{checkpoint.path} was cut short while it was in use",
+                "load the model again; replace files by renaming",
+            )
+
+    return check
+
+
+def _begin_watch(runtime: Runtime) -> None:
+    closed = Event()
+    watch = Thread(target=_watch, args=(weakref.ref(runtime), closed), name="chandra-watch", daemon=True)
+    watch.start()
+    runtime.resources.callback(watch.join)
+    runtime.resources.callback(closed.set)
 
 
 def _watch(runtime: weakref.ref[Runtime], closed: Event) -> None:

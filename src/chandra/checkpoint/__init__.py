@@ -13,6 +13,7 @@ from chandra.errors import CheckpointError, UnsupportedError
 __all__ = [
     "Checkpoint",
     "Header",
+    "MappedCheckpoint",
     "MappedFile",
     "NeedMoreBytes",
     "StringArray",

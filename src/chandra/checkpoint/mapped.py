@@ -202,6 +202,10 @@ class MappedCheckpoint:
         for file, nbytes in self._headers:
             file.release(0, nbytes)
 
+    def views(self) -> list[memoryview]:
+        """The mapped files, all bytes of each; to be let go of before `close`."""
+        return [file.view() for file, _ in self._headers]
+
     def close(self) -> None:
         """Unmap the files; where views of tensors are alive, the mapping goes with the last of them."""
         for file, _ in self._places.values():

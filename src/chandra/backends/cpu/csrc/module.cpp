@@ -10,6 +10,7 @@ namespace nb = nanobind;
 
 namespace chandra {
 void register_attention(nb::module_& m);
+void register_guard(nb::module_& m);
 void register_linear(nb::module_& m);
 void register_strings(nb::module_& m);
 }
@@ -27,6 +28,7 @@ NB_MODULE(_cpu, m) {
   m.def("threads", [] { return chandra::Pool::shared().size(); }, "Threads of the pool, the caller included.");
   m.def("scratch_held", &chandra::scratch_held, "Bytes of scratch memory that all threads keep.");
   chandra::register_attention(m);
+  chandra::register_guard(m);
   chandra::register_linear(m);
   chandra::register_strings(m);
 }
