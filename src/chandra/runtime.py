@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Event, RLock, Thread
 from typing import TYPE_CHECKING
@@ -22,13 +22,21 @@ from chandra.errors import BudgetExceeded, ChandraError, CheckpointError
 from chandra.kvcache import KVPool, SwapSpace, group_layers, swap_slots
 from chandra.memory.device import Device
 from chandra.memory.host import memory_available, peak_resident, resident_bytes
-from chandra.memory.ledger import Kind, Ledger
+from chandra.memory.ledger import Kind, Ledger, Reservation
 from chandra.memory.plan import Plan
 from chandra.memory.running import MemoryRow, Running, StateFile, began
 from chandra.models import Backends, Decoder, ModelSpec, load_decoder, read_spec
 from chandra.ops.contracts import Backend
 from chandra.planner import PlanRequest, cached_rate, discover, observe, plan, plannable, tensor_formats
-from chandra.planner.kernels import BuiltKernels, Limits, check_scratch, host_workspace, promise_scratch, repacking
+from chandra.planner.kernels import (
+    BuiltKernels,
+    Limits,
+    check_scratch,
+    host_workspace,
+    packing,
+    promise_scratch,
+    repacking,
+)
 from chandra.planner.request import HOST_MARGIN
 from chandra.store import Progress, Store, StoredModel
 from chandra.text import Tokenizer, load_tokenizer
@@ -177,18 +185,12 @@ def load(
         if constraints.disk:
             machine = replace(machine, cached=cached_rate(checkpoint))
         made = plan(plannable(stored.name, spec, checkpoint, constraints.format), devices, machine, constraints)
-        ledger = _open_ledger(made)
+        ledger = Ledger(made.devices)
         at_last.callback(ended, made, ledger)
-        backends = {d.name: _open_device(d, spec, made, settings, ledger) for d in made.devices if _used(made, d.name)}
-        decoder = _load_weights(checkpoint, spec, made, backends, ledger, progress)
-        resources.callback(decoder.close)
-        ledger.reserve("cpu", Kind.WORKSPACE, _host_workspace(spec, made))
-        ledger.reserve("cpu", Kind.STAGING, repacking(made.parts()))
-        pool = _make_pool(spec, made, backends, ledger)
-        resources.callback(pool.close)
-        swap = _make_swap(pool, made, backends, ledger, resources)
-        config = EngineConfig(made.workload.context, made.max_num_seqs, made.chunk, made.max_logit_rows)
-        engine = Engine(decoder, pool, config, spec.vocab_size, tokenizer.eos_ids, swap)
+        make = partial(make_backend, threads=settings.threads, isa=settings.cpu)
+        _, decoder, pool, engine = assemble(
+            checkpoint, spec, made, ledger, resources, make, tokenizer.eos_ids, progress
+        )
         state = StateFile(settings.home)
         resources.callback(state.remove)
         check_files()
@@ -252,24 +254,52 @@ def _watch(runtime: weakref.ref[Runtime], closed: Event) -> None:
         del watched
 
 
-def _open_ledger(made: Plan) -> Ledger:
-    """A ledger with what is there before the model is: the process, the contexts of GPUs."""
-    ledger = Ledger(made.devices)
-    for row in made.predictions:
-        if row.kind is Kind.RUNTIME:
-            ledger.reserve(row.device, row.kind, row.nbytes)
-    return ledger
+def assemble(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    made: Plan,
+    ledger: Ledger,
+    resources: ExitStack,
+    make: Callable[..., Backend],
+    eos_ids: Iterable[int] = (),
+    progress: Progress | None = None,
+) -> tuple[Mapping[str, Backend], Decoder, KVPool, Engine]:
+    """Do what a plan says: open the devices, load the weights, allocate the cache. `make` is like `make_backend`;
+    `resources` gets what gives everything back. Raises DeviceError, CheckpointError, BudgetExceeded."""
+    contexts = {d.name: ledger.reserve(d.name, Kind.RUNTIME, 0) for d in made.devices if d.kind != "virtual"}
+    backends = {d.name: _open_device(d, spec, made, make, ledger) for d in made.devices if _used(made, d.name)}
+    _count_contexts(made, backends, contexts)
+    decoder = _load_weights(checkpoint, spec, made, backends, ledger, progress)
+    resources.callback(decoder.close)
+    ledger.reserve("cpu", Kind.WORKSPACE, _host_workspace(spec, made))
+    ledger.reserve("cpu", Kind.STAGING, repacking(made.parts()))
+    pool = _make_pool(spec, made, backends, ledger)
+    resources.callback(pool.close)
+    swap = _make_swap(pool, made, backends, ledger, resources)
+    _count_contexts(made, backends, contexts)
+    config = EngineConfig(made.workload.context, made.max_num_seqs, made.chunk, made.max_logit_rows)
+    return backends, decoder, pool, Engine(decoder, pool, config, spec.vocab_size, eos_ids, swap)
 
 
-def _open_device(device: Device, spec: ModelSpec, made: Plan, settings: Settings, ledger: Ledger) -> Backend:
+def _count_contexts(made: Plan, backends: Mapping[str, Backend], contexts: Mapping[str, Reservation]) -> None:
+    """Reserve what merely using the devices takes: as measured, where it can be, or as planned. What is cut from one
+    GPU shares its context, which the first has. Raises BudgetExceeded if a device has no room for what is measured."""
+    planned = {p.device: p.nbytes for p in made.predictions if p.kind is Kind.RUNTIME}
+    for name, context in contexts.items():
+        taken = backends[name].context_bytes() if name in backends else 0
+        context.resize(taken * ("/" not in name) or planned.get(name, 0))
+
+
+def _open_device(device: Device, spec: ModelSpec, made: Plan, make: Callable[..., Backend], ledger: Ledger) -> Backend:
     """The backend of a device, with what it takes for itself reserved."""
     if device.kind != "cuda":
-        return make_backend(device, settings.threads, settings.cpu)
+        return make(device)
+    ledger.reserve("cpu", Kind.STAGING, packing([device.name]))
     scratch = BuiltKernels().gpu_scratch(spec, _limits(made), made.block_size)
     ledger.reserve(device.name, Kind.WORKSPACE, scratch.nbytes)
     graphs = sum(p.nbytes for p in made.predictions if (p.device, p.kind) == (device.name, Kind.GRAPHS))
     ledger.reserve(device.name, Kind.GRAPHS, graphs)
-    return make_backend(device, scratch=scratch, graphs=graphs)
+    return make(device, scratch=scratch, graphs=graphs)
 
 
 def _limits(made: Plan) -> Limits:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,11 +18,36 @@ from chandra.quant import formats
 LIMIT = 0.01  # root mean square of the error, of that of the result
 SHAPES = ((96, 256), (33, 320), (257, 1024))
 ROWS = (1, 3, 17, 130)
+BLOCK = 16  # tokens of a block of the cache
 
 
-def check_linears(backend: CudaBackend, tiny: bool) -> list[dict[str, Any]]:
+class Check(NamedTuple):
+    """`run` gives what is compared."""
+
+    op: str
+    format: str
+    shape: list[int]
+    run: Callable[[Backend], np.ndarray[Any, Any]]
+
+
+def run_all(backend: CudaBackend, tiny: bool, told: Callable[[int, int], None]) -> list[dict[str, Any]]:
+    """All checks, after their kernels have been compiled together."""
+    checks = [*_linears(tiny), *_attentions(tiny)]
+
+    def everything() -> None:
+        for check in checks:
+            check.run(backend)
+
+    backend.rehearse(everything, told)
+    reference = ReferenceBackend()
+    return [
+        {"op": c.op, "format": c.format, "shape": c.shape, "error": _deviation(c.run(backend), c.run(reference))}
+        for c in checks
+    ]
+
+
+def _linears(tiny: bool) -> Iterator[Check]:
     """Products of all formats."""
-    out = []
     for form in formats()[::4] if tiny else formats():
         for shape in SHAPES[:1] if tiny else SHAPES:
             try:
@@ -31,47 +57,53 @@ def check_linears(backend: CudaBackend, tiny: bool) -> list[dict[str, Any]]:
             for rows in (1,) if tiny else ROWS:
                 x = np.random.default_rng(rows).standard_normal((rows, shape[1]), np.float32)
 
-                def product(b: Backend, x: Any = x, weight: Any = weight, n: int = rows) -> np.ndarray[Any, Any]:
-                    y = b.upload(np.zeros((n, weight.shape[0]), np.float32))
+                def product(b: Backend, x: Any = x, weight: Any = weight) -> np.ndarray[Any, Any]:
+                    y = b.upload(np.zeros((len(x), weight.shape[0]), np.float32))
                     b.norm_linear(b.upload(x), None, (Linear(b.load_weight(weight)),), (y,))
                     return b.download(y)
 
-                error = _deviation(product(backend), product(ReferenceBackend()))
-                out.append({"op": "linear", "format": form.name, "shape": [rows, *shape], "error": error})
-    return out
+                yield Check("linear", form.name, [rows, *shape], product)
 
 
-def check_attention(backend: CudaBackend, tiny: bool) -> list[dict[str, Any]]:
-    """A prefill beside a decode, with rope, over all types of cache; also with a window and a soft cap."""
-    out = []
+def _attentions(tiny: bool) -> Iterator[Check]:
+    """Prefills, a chunk that goes on and decodes together, with rope, over all types of cache; with windows and a soft
+    cap."""
+    steps: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((23, 30), (0, 0)), ((5, 1), (23, 30))]
+    if not tiny:
+        steps = [((300, 64, 517), (0, 0, 0)), ((77, 1, 1), (300, 64, 517))]
     for kv_type in KV_TYPES[:2] if tiny else KV_TYPES:
-        for window, softcap in ((None, None),) if tiny else ((None, None), (9, 5.0)):
-            results = [_attend(b, kv_type, window, softcap) for b in (backend, ReferenceBackend())]
-            shape = [24, window or 0]
-            out.append({"op": "attention", "format": kv_type, "shape": shape, "error": _deviation(*results)})
-    return out
+        for window, softcap in ((None, None),) if tiny else ((None, None), (9, 5.0), (200, None)):
+
+            def attend(b: Backend, kv_type: str = kv_type, window: int | None = window, cap: Any = softcap) -> Any:
+                return _attend(b, kv_type, window, cap, steps)
+
+            yield Check("attention", kv_type, [sum(steps[-1][1]), window or 0], attend)
 
 
-def _attend(b: Backend, kv_type: str, window: int | None, softcap: float | None) -> np.ndarray[Any, Any]:
-    heads, kv_heads, dim, block, rng = 8, 2, 64, 16, np.random.default_rng(1)
+def _attend(
+    b: Backend,
+    kv_type: str,
+    window: int | None,
+    softcap: float | None,
+    steps: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
+) -> np.ndarray[Any, Any]:
+    """What the last of some steps (rows of each sequence, and where they start) gives."""
+    heads, kv_heads, dim, rng = 8, 2, 64, np.random.default_rng(1)
+    count, blocks = len(steps[0][0]), -(-max(map(sum, zip(*steps[-1], strict=True))) // BLOCK)
     row, dtype = kv_row(kv_type, dim)
-    k, v = (b.upload(np.zeros((8, kv_heads, block, row), dtype)) for _ in range(2))
+    k, v = (b.upload(np.zeros((count * blocks, kv_heads, BLOCK, row), dtype)) for _ in range(2))
     rope = RopeParams(b.upload((1e4 ** -(np.arange(dim // 2) / (dim // 2))).astype(np.float32)))
     params = AttentionParams(heads, kv_heads, dim, dim**-0.5, window, softcap, rope)
-    table = np.arange(8, dtype=np.int32).reshape(2, 4)
-    out = None
-    for lens, starts in (((23, 30), (0, 0)), ((23, 1), (23, 30))):
-        slots = [64 * i + s + j for i, (n, s) in enumerate(zip(lens, starts, strict=True)) for j in range(n)]
-        positions = np.concatenate([np.arange(s, s + n) for n, s in zip(lens, starts, strict=True)])
-        query_start = np.cumsum([0, *lens]).astype(np.int32)
-        ends = np.add(lens, starts).astype(np.int32)
-        batch = ForwardBatch(
-            query_start[:0], positions.astype(np.int32), query_start, ends, (query_start[1:] - 1).astype(np.int32)
-        )
+    table = rng.permutation(count * blocks).astype(np.int32).reshape(count, blocks)
+    for lens, starts in steps:
+        at = [(i, s + j) for i, (n, s) in enumerate(zip(lens, starts, strict=True)) for j in range(n)]
+        slots = np.array([table[i, p // BLOCK] * BLOCK + p % BLOCK for i, p in at], np.int32)
+        positions = np.array([p for _, p in at], np.int32)
+        query_start, ends = np.cumsum([0, *lens]).astype(np.int32), np.add(lens, starts).astype(np.int32)
+        batch = ForwardBatch(query_start[:0], positions, query_start, ends, query_start[1:] - 1)
         q, keys, values = (b.upload(rng.standard_normal((sum(lens), n * dim), np.float32)) for n in (heads, 2, 2))
         out = b.upload(np.zeros((sum(lens), heads * dim), np.float32))
-        tables = KVTables(table, np.array(slots, np.int32))
-        b.attention(q, keys, values, batch, params, KVLayer(k, v, kv_type, block), tables, out)
+        b.attention(q, keys, values, batch, params, KVLayer(k, v, kv_type, BLOCK), KVTables(table, slots), out)
     return b.download(out)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import time
 from pathlib import Path
 from typing import Any
 
 from chandra.bench.synthetic import CONFIGS
+from chandra.errors import UnsupportedError, UsageError
 from chandra.lazy import torch
 
 TOKENS, WARM = 32, 8
@@ -16,7 +16,9 @@ TOKENS, WARM = 32, 8
 
 def transformers_rates(name: str, four_bit: bool, device: str) -> dict[str, Any]:
     """Decode at batch 1 and prefill of 512 of transformers in bfloat16, or with bitsandbytes' NF4 weights."""
-    transformers: Any = importlib.import_module("transformers")
+    transformers = _installed("transformers")
+    if four_bit:
+        _installed("bitsandbytes")
 
     values = dict(CONFIGS[name])
     config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
@@ -55,10 +57,11 @@ def _to_nf4(model: Any, device: str) -> None:
             setattr(model.get_submodule(parent), child, quantized.to(device))
 
 
-def llama_cpp_rates(path: Path) -> dict[str, Any]:
+def llama_cpp_rates(path: Path | None) -> dict[str, Any]:
     """Decode of llama.cpp for a model file, with all layers on the GPU."""
-    llama_cpp: Any = importlib.import_module("llama_cpp")
-
+    llama_cpp = _installed("llama_cpp")
+    if path is None:
+        raise UsageError("llama.cpp needs a model file", "name one with --model")
     model = llama_cpp.Llama(str(path), n_gpu_layers=-1, n_ctx=1024, verbose=False)
     model.create_completion([5] * 16, max_tokens=WARM, temperature=0)
     start = time.perf_counter()
@@ -66,5 +69,8 @@ def llama_cpp_rates(path: Path) -> dict[str, Any]:
     return {"decode 1": {"tokens/s": made / (time.perf_counter() - start)}}
 
 
-def available(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+def _installed(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UnsupportedError(f"{name} is not installed") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,22 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from chandra.backends import make_backend
-from chandra.backends.cuda.accelerator import Accelerator
+from chandra.backends.cuda import layouts, packing
 from chandra.backends.cuda.backend import CudaBackend
-from chandra.backends.cuda.sizes import Scratch
 from chandra.checkpoint.base import TensorInfo
-from chandra.engine import Engine, EngineConfig
-from chandra.kvcache import KVPool, group_layers
+from chandra.engine import Engine
 from chandra.lazy import torch
 from chandra.memory.device import Device
-from chandra.memory.ledger import Kind, Ledger
+from chandra.memory.ledger import Ledger
 from chandra.memory.plan import Plan
-from chandra.models import Backends, ModelSpec, load_decoder, tensor_table
-from chandra.ops.contracts import Array, Backend, Weight
+from chandra.models import Decoder, ModelSpec, tensor_table
+from chandra.models.transforms import take_rows
+from chandra.ops.contracts import Backend, Weight
 from chandra.planner import Constraints, Machine, plan, plannable_config, tensor_formats
-from chandra.planner.kernels import BuiltKernels, Limits
 from chandra.quant import PackedWeight, get_format
+from chandra.runtime import assemble
+from chandra.store import Progress
 
 
 def _config(
@@ -44,20 +43,23 @@ CONFIGS = {
     "llama-2-13b": _config("llama", 5120, 40, 40, 40, 13824, 32000),
     "mistral-7b": _config("mistral", 4096, 32, 32, 8, 14336, 32000),
     "qwen2.5-32b": _config("qwen2", 5120, 64, 40, 8, 27648, 152064),
-    "tiny": _config("llama", 64, 2, 2, 1, 96, 67, max_position_embeddings=256),
+    "tiny": _config("llama", 64, 3, 2, 1, 96, 80, max_position_embeddings=256),
 }
 
 
 class RandomCheckpoint:
-    """Every weight of one format and shape is the same one: a few random rows, repeated."""
+    """Every weight of one format and shape is the same one, made by `weight`."""
 
     kind = "hf"
     path = Path("synthetic")
 
-    def __init__(self, spec: ModelSpec, formats: Mapping[str, str]) -> None:
+    def __init__(
+        self, spec: ModelSpec, formats: Mapping[str, str], weight: Callable[[str, tuple[int, ...]], PackedWeight]
+    ) -> None:
         self.metadata: Mapping[str, Any] = {}
         self._known: dict[tuple[str, tuple[int, ...]], PackedWeight] = {}
         self._formats = {t.name: (formats[t.name] if t.packable else "F32", t.shape) for t in tensor_table(spec)}
+        self._make = weight
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -66,7 +68,7 @@ class RandomCheckpoint:
     def read(self, name: str) -> PackedWeight:
         key = self._formats[name]
         if key not in self._known:
-            self._known[key] = random_weight(*key)
+            self._known[key] = self._make(*key)
         return self._known[key]
 
     def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
@@ -90,17 +92,25 @@ def random_weight(form: str, shape: tuple[int, ...], scale: float = 1.0) -> Pack
 
 
 class RepeatingBackend(CudaBackend):
-    """Copies weights of a format and shape that it has, which beats packing them again."""
+    """Packs the rows of a weight until they repeat, and copies them on the device."""
 
     def load_weight(self, weight: PackedWeight, lookup: bool = False) -> Weight:
-        known: dict[Any, Array] = self.__dict__.setdefault("known", {})
-        key = weight.format.name, weight.shape
-        if key not in known:
-            loaded = super().load_weight(weight, lookup)
-            known[key] = loaded.handle.codes.untyped_storage()
-            return loaded
+        rows = layouts.ROWS
+        if len(weight.shape) != 2 or weight.shape[0] % rows or weight.format.name == "nf4-dq":
+            return super().load_weight(weight, lookup)
+        few = take_rows(weight, ((0, rows),))
+        packed = self.empty((self.weight_nbytes(few.format, few.shape),), "uint8")
+        packing.load(few, packed, self._passing, self.write)
+        here = layouts.arrange(few.format, few.shape).views(packed)
         memory = self.empty((self.weight_nbytes(weight.format, weight.shape),), "uint8")
-        memory.untyped_storage().copy_(known[key])
+        there = layouts.arrange(weight.format, weight.shape).views(memory)
+        for name, out in there.items():
+            if out.ndim == 1:
+                out.copy_(here[name])
+            elif name in ("codes", "high"):
+                out.view(-1, *here[name].shape[1:]).copy_(here[name])
+            else:
+                out.view(*out.shape[:2], -1, rows).copy_(here[name][:, :, None])
         return self.bind_weight(weight.format, weight.shape, memory)
 
 
@@ -110,60 +120,31 @@ class Loaded:
 
     plan: Plan
     spec: ModelSpec
-    engine: Engine
     ledger: Ledger
+    decoder: Decoder
+    engine: Engine
     gpus: tuple[CudaBackend, ...]
     resources: ExitStack
 
 
-def load(
-    config: Mapping[str, Any],
-    label: str,
-    devices: Sequence[Device],
-    machine: Machine,
-    constraints: Constraints,
-    interpret: bool,
-) -> Loaded:
-    """Plan and load a synthetic model. Raises DoesNotFit, BudgetExceeded."""
+def planned(
+    config: Mapping[str, Any], label: str, devices: Sequence[Device], machine: Machine, constraints: Constraints
+) -> tuple[Plan, ModelSpec]:
+    """The plan of a synthetic model. Raises DoesNotFit."""
     model = plannable_config("synthetic", config, label)
-    made, spec = plan(model, devices, machine, replace(constraints, format=label)), model.spec
-    ledger = Ledger(made.devices)
-    limits = Limits(made.chunk, made.max_num_seqs, made.workload.context, made.max_logit_rows, False)
-    scratch = BuiltKernels().gpu_scratch(spec, limits, made.block_size)
-    backends: dict[str, Backend] = {}
-    for device in made.devices:
-        if device.kind == "cuda":
-            ledger.reserve(device.name, Kind.WORKSPACE, scratch.nbytes)
-            accelerator = Accelerator() if interpret else None
-            graphs = sum(p.nbytes for p in made.predictions if (p.device, p.kind) == (device.name, Kind.GRAPHS))
-            backends[device.name] = RepeatingBackend(device, scratch, graphs, accelerator)
-        else:
-            backends[device.name] = make_backend(device, scratch=Scratch())
-    owners = tuple(backends[part.device] for part in made.layers)
+    return plan(model, devices, machine, replace(constraints, format=label)), model.spec
+
+
+def load(
+    made: Plan,
+    spec: ModelSpec,
+    make: Callable[..., Backend],
+    weight: Callable[[str, tuple[int, ...]], PackedWeight] = random_weight,
+    progress: Progress | None = None,
+) -> Loaded:
+    """Load a synthetic model as planned, on backends that `make` makes. Raises BudgetExceeded, DeviceError."""
+    checkpoint, ledger = RandomCheckpoint(spec, tensor_formats(spec, made.format), weight), Ledger(made.devices)
     with ExitStack() as resources:
-        decoder = load_decoder(
-            RandomCheckpoint(spec, tensor_formats(spec, label)),
-            spec,
-            Backends(
-                backends[made.embedding.device],
-                owners,
-                backends[made.head.device],
-                {int(part.name.split(".")[1]): backends[part.device] for part in made.experts},
-                {part.name: part.placement for part in made.parts()},
-            ),
-            ledger,
-            context_length=made.workload.context,
-            max_rows=made.chunk,
-            max_logit_rows=made.max_logit_rows,
-            micro_rows=made.micro_rows,
-        )
-        resources.callback(decoder.close)
-        groups = group_layers([layer.attention for layer in spec.layers], [part.device for part in made.layers])
-        pool = KVPool(groups, made.num_blocks, made.block_size, made.kv_type, backends, ledger)
-        resources.callback(pool.close)
-        limited = EngineConfig(
-            made.workload.context, made.max_num_seqs, made.chunk, made.max_logit_rows, prefix_caching=False
-        )
-        engine = Engine(decoder, pool, limited, spec.vocab_size)
+        backends, decoder, _, engine = assemble(checkpoint, spec, made, ledger, resources, make, progress=progress)
         gpus = tuple(b for b in backends.values() if isinstance(b, CudaBackend))
-        return Loaded(made, spec, engine, ledger, gpus, resources.pop_all())
+        return Loaded(made, spec, ledger, decoder, engine, gpus, resources.pop_all())

@@ -175,6 +175,10 @@ class Backend(ABC):
 
     # memory
 
+    def context_bytes(self) -> int:
+        """Bytes of the device that merely using it has taken so far: a context, kernels, libraries."""
+        return 0
+
     @abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Uninitialized memory on the device. `dtype` is a numpy name; bfloat16 is `uint16`."""
@@ -250,6 +254,10 @@ class Backend(ABC):
 
     def forget_steps(self) -> None:  # noqa: B027
         """Drop the records of all steps: buffers that they use have moved or are gone."""
+
+    def rehearse(self, ops: Callable[[], None], told: Callable[[int, int], None]) -> None:  # noqa: B027
+        """Get ready for ops like these, which need not be done: a device may compile what they would start. `told` is
+        told how many kernels are done, and of how many."""
 
     @abstractmethod
     def embed(self, batch: ForwardBatch, table: Weight, scale: float, out: Array) -> None:

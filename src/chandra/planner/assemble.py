@@ -15,7 +15,7 @@ from chandra.memory.plan import Part, Placement, Plan, Prediction, Speed
 from chandra.models.pipeline import MOST
 from chandra.planner.candidate import BLOCK_SIZE, HOP, HOST, Candidate
 from chandra.planner.cost import SLOTS, crossover_tokens, waiting
-from chandra.planner.kernels import repacking
+from chandra.planner.kernels import packing, repacking
 from chandra.planner.planner import Found
 
 GPUS = ("cuda", "assumed")
@@ -130,7 +130,7 @@ def _predictions(found: Found, parts: Sequence[Part], layers: Sequence[Part], gr
     candidate = found.candidate
     need: dict[tuple[str, Kind], int] = defaultdict(int)
     need[HOST, Kind.LOADING] = candidate.sizes.loading({part.name: part.placement for part in parts})[0]
-    need[HOST, Kind.STAGING] = repacking(parts) + candidate.outer_staging()
+    need[HOST, Kind.STAGING] = repacking(parts) + packing(p.device for p in parts) + candidate.outer_staging()
     for part in parts:
         mapped = part.name == "embedding" and part.placement == "host" and candidate.sizes.mapped
         kept = candidate.small(part) if part.placement in ("stream", "disk") else part.nbytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +24,16 @@ PIECE = 8 << 20  # bytes of the file that the CPU repacks before it drops their 
 def repacking(parts: Sequence[Part]) -> int:
     """Bytes of the host that weights take when they are repacked out of the file, while they are first used."""
     return PIECE if any(part.placement == "host" and part.name != "embedding" for part in parts) else 0
+
+
+def packing(devices: Iterable[str]) -> int:
+    """Bytes of the host in which weights are packed for these devices: GPUs have layouts of their own."""
+    gpus = {name for name in devices if name != "cpu" and not name.startswith("virtual")}
+    if not gpus:
+        return 0
+    from chandra.backends.cuda.packing import PACKING  # here: not needed without a GPU
+
+    return PACKING * len(gpus)
 
 
 class Limits(NamedTuple):

@@ -16,7 +16,7 @@ from chandra.memory.plan import Objective, Workload
 from chandra.models.spec import ModelSpec
 from chandra.planner.candidate import HOP, HOST, Candidate, Spill
 from chandra.planner.cost import Machine
-from chandra.planner.kernels import PIECE
+from chandra.planner.kernels import PIECE, packing
 from chandra.planner.placement import BALANCE, Floats, Mode, Offload, Place, Split, Splitter, least_cost, stage_bounds
 from chandra.planner.sizes import PlannableModel
 
@@ -283,8 +283,8 @@ def _sites(
             computes = device.name != HOST or spill > 0 or hosted
             taken = candidate.taken(device.name, device is head, computes) + c.reserve
             room[device.name] = float(device.cap - taken)
-        repacking = PIECE if spill or hosted else 0
-        room[HOST] -= steps + repacking + _loading(candidate, devices, spill >= 2, steps) + (c.swap or 0)
+        room[HOST] -= steps + (PIECE if spill or hosted else 0) + packing(device.name for device in devices)
+        room[HOST] -= _loading(candidate, devices, spill >= 2, steps) + (c.swap or 0)
         if min(room[HOST], room[head.name]) >= 0:
             yield _Site(candidate, devices, head, room, allowed, hosted)
 

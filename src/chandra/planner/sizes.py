@@ -269,7 +269,8 @@ def _sizes(
         packed.add(tensor, part, nbytes)
         mix[name] += nbytes
         in_kernel = tensor.packable or tensor.role == "router"
-        on_host = kernels.weight_bytes(name, tensor.shape) if in_kernel else nbytes
+        looked_up = tensor.name == EMBEDDING and not spec.tied_embeddings  # rows of it, as they are stored
+        on_host = kernels.weight_bytes(name, tensor.shape) if in_kernel and not looked_up else nbytes
         host.add(tensor, part, on_host)
         gpu.add(tensor, part, kernels.gpu_weight_bytes(name, tensor.shape) if in_kernel else nbytes)
         format_read, joined = read.get(tensor.name, (name, False))

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import aot
 import torch
 
-from chandra.backends.cuda import attention, fused
+from chandra.backends.cuda import attention, fused, linear, sizes
 from chandra.ops.contracts import AttentionParams, KVLayer, Norm, RopeParams
 from chandra.ops.reference import packed_rows
 
@@ -27,11 +27,11 @@ def launch(params: AttentionParams, kv_type: str, rows: int = 32, sequences: int
     q = torch.empty(rows, heads * d, dtype=attention.query_dtype(kv_type))
     k = torch.empty(rows, kv_heads * d)
     norm = Norm(torch.empty(heads * d), 1e-5)
-    scratch = torch.empty(attention.scratch_bytes(params, sequences, 4096) // 4)
+    scratch = torch.empty(sizes.split_bytes(heads, d, sequences, 4096) // 4)
     extent = attention.Extent(sequences, 1, 16, 4096)
     with aot.launches() as recorded:
         fused.norm(x, norm, out)
-        fused.norm_add(x, norm, x)
+        fused.norm(x, norm, x, add=True)
         fused.logits_finish(x, 0.5, 30.0)
         fused.rope_write(x, k, k, integers(rows), params, cache, integers(rows), q)
         tables = integers(sequences + 1), integers(sequences), integers(sequences, 64)
@@ -44,7 +44,7 @@ def main(configurations: list[str]) -> None:
     for configuration in configurations:
         kv_type, shape, target = configuration.split(":")
         heads, kv_heads, d = map(int, shape.split("/"))
-        attention.compute_capability = lambda _, target=target: int(target)
+        attention.chip_of = lambda _, target=target: linear.Chip(int(target), 100, 0)
         norm, rope = Norm(torch.empty(d), 1e-5), RopeParams(torch.empty(d // 2))
         everything = AttentionParams(heads, kv_heads, d, 0.1, 4096, 30.0, rope, norm, norm)
         recorded = launch(everything, kv_type) + launch(AttentionParams(heads, kv_heads, d, 0.1), kv_type, 17, 2)

@@ -16,6 +16,7 @@ from attention_reference import Case, random_case, reference
 from cuda_device import call
 
 from chandra.backends.cuda import attention, fused
+from chandra.backends.cuda.sizes import num_splits, split_bytes
 from chandra.ops.contracts import AttentionParams, KVLayer, Norm, RopeParams
 from chandra.ops.reference import ReferenceBackend, tensor
 
@@ -42,7 +43,7 @@ def attend(case: Case, parts: Parts, filler: int = 0) -> Any:
     block_table = np.pad(tables.block_table, ((0, filler), (0, 0)), constant_values=-1)
     queries = torch.from_numpy(np.pad(q, ((0, filler), (0, 0)))).to(attention.query_dtype(cache.kv_type))
     extent = attention.Extent.of(np.diff(query_start).tolist(), int(context_lens.max()))
-    scratch_bytes = attention.scratch_bytes(case.params, extent.sequences, extent.max_context)
+    scratch_bytes = split_bytes(case.params.num_heads, case.params.head_dim, extent.sequences, extent.max_context)
     out = torch.full(queries.shape, torch.nan)
     call(
         attention.attention,
@@ -117,7 +118,7 @@ def test_splits_of_long_contexts(window: int | None, context: int) -> None:
 
 def test_splits_cover_every_position_once() -> None:
     for context in [1, 128, 129, 4096, 4097, 4608, 4609, 131072]:
-        splits = attention.num_splits(context)
+        splits = num_splits(context)
         starts = [min(i, 32) * 128 + max(i - 32, 0) * 512 for i in range(splits + 1)]
         assert starts[splits - 1] < context <= starts[splits]
 
@@ -139,7 +140,7 @@ def test_steps_of_a_model_match_float64(interleaved: bool) -> None:
         positions, slots = torch.from_numpy(batch.positions), torch.from_numpy(tables.slots)
         call(fused.rope_write, *map(torch.from_numpy, (q, k, v)), positions, params, cache, slots, rotated)
         extent = attention.Extent.of(np.diff(batch.query_start).tolist(), int(batch.context_lens.max()))
-        scratch = torch.empty(attention.scratch_bytes(params, extent.sequences, extent.max_context) // 4)
+        scratch = torch.empty(split_bytes(params.num_heads, params.head_dim, extent.sequences, extent.max_context) // 4)
         arrays = map(torch.from_numpy, (batch.query_start, batch.context_lens, tables.block_table))
         call(attention.attention, rotated, *arrays, params, cache, out, scratch, extent)
         for i, (sequence, _, _) in enumerate(parts):
@@ -172,9 +173,8 @@ def test_filler_of_a_graph_gives_zeros_and_changes_nothing() -> None:
 
 
 def test_scratch_is_bounded() -> None:
-    params = AttentionParams(32, 8, 128, 1.0)
-    assert attention.scratch_bytes(params, 1, 128) == 32 * 130 * 4
-    assert attention.scratch_bytes(params, 16, 1 << 17) < 16 * (1 << 17) * 8 * 128 * 4 / 100
+    assert split_bytes(32, 128, 1, 128) == 32 * 130 * 4
+    assert split_bytes(32, 128, 16, 1 << 17) < 16 * (1 << 17) * 8 * 128 * 4 / 100
 
 
 def aot(*arguments: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from chandra.backends.cuda import layouts, linear, moe, moe_kernels
+from chandra.backends.cuda import layouts, linear, moe, moe_kernels, packing, sizes
 from chandra.quant import Format, PackedWeight, formats, get_format
 
 SEED = secrets.randbits(31)
@@ -38,8 +38,33 @@ def make(name: str, shape: tuple[int, ...]) -> tuple[layouts.DeviceWeight, torch
     values = torch.randn(shape, generator=torch.Generator().manual_seed(SEED)) * 0.05
     packed = PackedWeight.pack(fmt, values)
     memory = np.full(layouts.weight_nbytes(fmt, shape), 0xFF, np.uint8)
-    layouts.pack(packed, memory)
+    packing.pack(packed, memory)
     return layouts.bind(fmt, shape, torch.from_numpy(memory)), packed.unpack().double()
+
+
+@pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("experts", [(), (3,)], ids=["dense", "experts"])
+def test_a_weight_loaded_in_pieces_is_the_same(
+    fmt: Format, experts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = (*experts, 77, columns_of(fmt)[1])
+    packed = PackedWeight.pack(fmt, torch.randn(shape) * 0.05)
+    whole, tiles = np.zeros(layouts.weight_nbytes(fmt, shape), np.uint8), layouts.arrange(fmt, (64, shape[-1])).nbytes
+    packing.pack(packed, whole)  # at once: it is smaller than a piece
+    largest = 0
+
+    def write(host: np.ndarray[Any, Any], out: torch.Tensor) -> None:
+        nonlocal largest
+        largest = max(largest, host.nbytes)
+        out.copy_(torch.from_numpy(host.copy()))
+        host[...] = 0
+
+    for stage in (tiles, 64):  # two tiles of rows at a time; fewer than one
+        monkeypatch.setattr(packing, "STAGE", stage)
+        memory = torch.zeros(len(whole), dtype=torch.uint8)
+        packing.load(packed, memory, lambda n: torch.full((n,), 0xA5, dtype=torch.uint8), write)
+        assert np.array_equal(memory.numpy(), whole)
+        assert largest <= tiles
 
 
 def columns_of(fmt: Format) -> tuple[int, int]:
@@ -52,7 +77,7 @@ def columns_of(fmt: Format) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def scratch() -> torch.Tensor:
-    return torch.zeros(linear.scratch_bytes(CHIP), dtype=torch.uint8)
+    return torch.zeros(sizes.SPLITS, dtype=torch.uint8)
 
 
 def bound(x: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
@@ -64,7 +89,7 @@ def check(name: str, rows: int, columns: int, n: int, dtype: torch.dtype, scratc
     weight, exact = make(name, (rows, columns))
     x, bias = torch.randn(n, columns).to(dtype), torch.randn(rows)
     out = torch.full((n, rows), torch.nan)
-    linear.linear(x, weight, bias, out, scratch=scratch)
+    linear.product(x, linear.Product(weight, bias, out), scratch)
     expected = x.double() @ exact.T + bias
     assert torch.all((out - expected).abs() <= bound(x, exact))
 
@@ -87,7 +112,7 @@ def test_codes_are_exact_where_sums_are_scaled(fmt: Format) -> None:
     weight, exact = make(fmt.name, (37, columns_of(fmt)[1]))
     x = torch.randn(2, exact.shape[1]).half()
     out = torch.empty(2, 37)
-    linear.linear(x, weight, None, out)
+    linear.product(x, linear.Product(weight, None, out))
     size = x.double().abs() @ exact.abs().T
     assert torch.all((out - x.double() @ exact.T).abs() <= 1e-5 * size + 1e-6)
 
@@ -97,7 +122,7 @@ def test_unpacked_rows_are_those_of_the_format(fmt: Format) -> None:
     for columns in columns_of(fmt):
         weight, exact = make(fmt.name, (37, columns))
         out = torch.full((20, columns), torch.nan)
-        linear.unpack(weight, 9, 29, out)
+        linear.unpack(weight, out, 9)
         tolerance = 2.0**-11 if fmt.name.startswith("nf4") else 3e-7  # the levels are float16
         assert torch.all((out - exact[9:29]).abs() <= tolerance * exact.abs().max())
 
@@ -107,7 +132,7 @@ def test_embedding_looks_rows_up(name: str) -> None:
     weight, exact = make(name, (37, 256))
     ids = torch.randint(0, 37, (11,), dtype=torch.int32)
     out = torch.full((11, 256), torch.nan)
-    linear.embed(ids, weight, 1.5, out)
+    linear.unpack(weight, out, ids=ids, factor=1.5)
     torch.testing.assert_close(out, (exact[ids] * 1.5).float(), rtol=5e-4, atol=1e-6)
 
 
@@ -115,12 +140,12 @@ def test_embedding_looks_rows_up(name: str) -> None:
 def test_rows_do_not_depend_on_the_batch(name: str, scratch: torch.Tensor) -> None:
     weight, _ = make(name, (30, 1024))
     x = torch.randn(40, 1024).half()
-    for sizes in ((1, 8, 9, 16), (17, 33, 40)):
+    for rows in ((1, 8, 9, 16), (17, 33, 40)):
         outs = []
-        for n in sizes:
+        for n in rows:
             out = torch.full((n, 30), torch.nan)
-            linear.linear(x[:n], weight, None, out, scratch=scratch)
-            outs.append(out[: sizes[0]])
+            linear.product(x[:n], linear.Product(weight, None, out), scratch)
+            outs.append(out[: rows[0]])
         assert all(torch.equal(out, outs[0]) for out in outs)
 
 
@@ -130,7 +155,7 @@ def test_scratch_can_be_used_again(scratch: torch.Tensor) -> None:
     for n in (1, 16, 3):
         x = torch.randn(n, 1536).half()
         out = torch.full((n, 40), torch.nan)
-        linear.linear(x, weight, None, out, scratch=scratch)
+        linear.product(x, linear.Product(weight, None, out), scratch)
         assert torch.all((out - x.double() @ exact.T).abs() <= bound(x, exact))
 
 
@@ -139,7 +164,7 @@ def test_products_are_added_to_what_is_there(scratch: torch.Tensor) -> None:
     for n in (2, 20):
         x, before = torch.randn(n, 384).half(), torch.randn(n, 37)
         out = before.clone()
-        linear.linear(x, weight, None, out, accumulate=True, scratch=scratch)
+        linear.product(x, linear.Product(weight, None, out), scratch, into="add")
         assert torch.all((out - before - x.double() @ exact.T).abs() <= bound(x, exact))
 
 
@@ -156,11 +181,11 @@ def test_query_key_and_value_are_one_launch(scratch: torch.Tensor) -> None:
 
 def test_many_rows_meet_an_unpacked_weight(scratch: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_UNPACK_ROWS", 40)
-    monkeypatch.setattr(linear, "_UNPACKED", 256 * 128 * 2)
+    monkeypatch.setattr(linear, "UNPACKED", 256 * 128 * 2)
     weight, exact = make("Q4_K", (300, 256))
     x, bias = torch.randn(40, 256).half(), torch.randn(300)
     out = torch.full((40, 300), torch.nan)
-    linear.linear(x, weight, bias, out, scratch=scratch)
+    linear.product(x, linear.Product(weight, bias, out), scratch)
     assert torch.all((out - x.double() @ exact.T - bias).abs() <= bound(x, exact))
 
 
@@ -186,11 +211,12 @@ def test_gate_and_up_are_one_product(activation: str, gate_format: str | None, s
         out = torch.full((n, 40), torch.nan, dtype=torch.float16)
         expected = x.double() @ up_exact.T + bias
         if gate_format is None:
-            linear.gate_up(x, None, up, activation, out, up_bias=bias)
+            linear.gate_up(x, None, linear.Product(up, bias, out), activation)
             expected = activated(expected, activation)
         else:
             gate, exact = make(gate_format, (40, 256))
-            linear.gate_up(x, gate, up, activation, out, gate_bias, bias, scratch)
+            products = linear.Product(gate, gate_bias, out), linear.Product(up, bias, out)
+            linear.gate_up(x, *products, activation, scratch)
             expected = expected * activated(x.double() @ exact.T + gate_bias, activation)
         assert torch.all((out - expected).abs() <= 3e-3 * expected.abs() + 3e-3)
 
@@ -203,7 +229,7 @@ def test_experts_match_float64(name: str, n: int, normalize: bool) -> None:
     (gate, g), (up, u), (down, d) = weights
     x, logits = torch.randn(n, hidden).half(), torch.randn(n, experts)
     out = torch.full((n, hidden), torch.nan)
-    memory = torch.full((moe.scratch_bytes(n, experts, top_k, hidden, ff),), 0xFF, dtype=torch.uint8)
+    memory = torch.full((sizes.moe_scratch(n, experts, top_k, hidden, ff),), 0xFF, dtype=torch.uint8)
     moe.moe(x, logits, gate, up, down, top_k, normalize, "silu", out, memory)
     chosen = logits.double().topk(top_k, 1)
     shares = chosen.values.softmax(1) if normalize else logits.double().softmax(1).gather(1, chosen.indices)

@@ -60,8 +60,7 @@ def guard(device: str) -> Iterator[None]:
             ) from error
         if triton or isinstance(error, torch.AcceleratorError):
             raise DeviceError(
-                f"{device} is lost: {said}",
-                "load the model again; `nvidia-smi` shows whether the GPU still answers",
+                f"{device} is lost: {said}", "load the model again; `nvidia-smi` shows whether the GPU still answers"
             ) from error
         raise
 
@@ -100,7 +99,8 @@ class Accelerator:
         return 0
 
     def context_bytes(self) -> int:
-        """Bytes that merely using the device has taken: the context, kernels, libraries."""
+        """Bytes that merely using the device has taken: the context, kernels, libraries. Corrects by them what may be
+        allocated."""
         return 0
 
     def allocated_peak(self) -> int:
@@ -174,9 +174,11 @@ class CudaAccelerator(Accelerator):
 
     def context_bytes(self) -> int:
         before = self._before[self.gpu.index]
-        if before is None:
-            return 0
-        return max(0, self.taken() - before - torch.cuda.memory_reserved(self.device))
+        ours = 0 if before is None else self.taken() - before - int(torch.cuda.memory_reserved(self.device))
+        taken = max(0, ours)
+        allowed = max(0, self._limits.get(self.gpu.index, 0) - taken)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / self.gpu.total), self.device)
+        return taken
 
     def allocated_peak(self) -> int:
         return int(torch.cuda.max_memory_reserved(self.device))
@@ -186,7 +188,5 @@ class CudaAccelerator(Accelerator):
         return lambda: self._allow(-nbytes)
 
     def _allow(self, nbytes: int) -> None:
-        index = self.gpu.index
-        self._limits[index] = self._limits.get(index, 0) + nbytes
-        allowed = max(0, self._limits[index] - self.context_bytes())
-        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / self.gpu.total), self.device)
+        self._limits[self.gpu.index] = self._limits.get(self.gpu.index, 0) + nbytes
+        self.context_bytes()

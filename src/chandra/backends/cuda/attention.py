@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from chandra.backends.cuda import attention_kernels as kernels
 from chandra.backends.cuda.fused import cache_view, padded
+from chandra.backends.cuda.launch import launch
+from chandra.backends.cuda.linear import chip_of
+from chandra.backends.cuda.sizes import num_splits
 from chandra.lazy import torch
 from chandra.ops.contracts import AttentionParams, KVLayer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FLOAT = 4
 SMALL_SHARED = (86, 89, 120)  # compute capabilities with less shared memory than 8.0 has
 SEQUENCES = 64  # of a prefill, at least: few sizes are compiled
 COMBINED = 32  # splits that `combine` reads at once
-SHORT, LONG, SHORT_SPLITS = (int(n.value) for n in (kernels.SHORT, kernels.LONG, kernels.SHORT_SPLITS))
 
 
 @dataclass(frozen=True)
@@ -82,19 +82,6 @@ def query_dtype(kv_type: str) -> torch.dtype:
     return {"f32": torch.float32, "bf16": torch.bfloat16}.get(kv_type, torch.float16)
 
 
-def num_splits(context: int) -> int:
-    """The splits of decode at this context."""
-    short = SHORT * SHORT_SPLITS
-    if context <= short:
-        return -(-context // SHORT)
-    return SHORT_SPLITS - (short - context) // LONG
-
-
-def scratch_bytes(params: AttentionParams, sequences: int, max_context: int) -> int:
-    """Bytes of scratch that a batch of up to `sequences` decodes needs; prefill needs none."""
-    return FLOAT * sequences * num_splits(max_context) * params.num_heads * (params.head_dim + 2)
-
-
 def attention(
     q: Tensor,
     query_start: Tensor,
@@ -110,10 +97,10 @@ def attention(
     any float dtype.
 
     query_start `(b + 1,)`, context_lens `(b,)` and block_table `(b, blocks)` are int32 on the device and only read
-    there; scratch is float32 of at least `scratch_bytes`. Sequences of one row are decoded over splits of their
+    there; scratch is float32 of at least `sizes.split_bytes`. Sequences of one row are decoded over splits of their
     context, the others are tiled. A sequence of one row without context (filler of a graph's bucket) gives zeros.
     """
-    capability = compute_capability(q.device.index)
+    capability = chip_of(q.device).capability
     heads, kv_heads, d = params.num_heads, params.num_kv_heads, params.head_dim
     keys, values = cache_view(cache.k, cache.kv_type), cache_view(cache.v, cache.kv_type)
     arrays = (q, query_start, context_lens, block_table, keys, values)
@@ -121,7 +108,7 @@ def attention(
     if extent.prefills:
         tiling = prefill_tiling(params, cache.kv_type, capability)
         tiles = extent.prefill_rows // (tiling.rows // (heads // kv_heads)) + extent.prefills
-        kernels.prefill[(tiles, kv_heads)](
+        launch(kernels.prefill, tiles, kv_heads)(
             *arrays,
             out,
             *numbers,
@@ -134,33 +121,17 @@ def attention(
         parts = extent.sequences * splits * heads
         partial = (scratch, scratch[parts * d :], scratch[parts * (d + 1) :])  # outputs, maxima, totals
         tiling = decode_tiling(params, cache.kv_type, capability)
-        kernels.decode[(splits, kv_heads, extent.sequences)](
+        launch(kernels.decode, splits, kv_heads, extent.sequences)(
             *arrays, *partial, *numbers, splits, **_constants(params, cache, tiling)
         )
-        kernels.combine[(heads, extent.sequences)](
+        launch(kernels.combine, heads, extent.sequences)(
             query_start, context_lens, *partial, out, params.window, splits, heads, d, padded(d), COMBINED
         )
 
 
-@lru_cache
-def compute_capability(index: int | None) -> int:
-    """As 90 for 9.0. Tensors of the host (Triton's interpreter) count as the least."""
-    if index is None:
-        return 75
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
 def _constants(params: AttentionParams, cache: KVLayer, tiling: Tiling) -> dict[str, Any]:
     return {
-        "HEADS": params.num_heads,
-        "KV_HEADS": params.num_kv_heads,
-        "DIM": params.head_dim,
-        "HALF": padded(params.head_dim) // 2,
-        "KV_TYPE": cache.kv_type,
-        "BLOCK_SIZE": cache.block_size,
-        "M": tiling.rows,
-        "TILE": tiling.tokens,
-        "num_warps": tiling.warps,
-        "num_stages": tiling.stages,
+        **{"HEADS": params.num_heads, "KV_HEADS": params.num_kv_heads, "DIM": params.head_dim},
+        **{"HALF": padded(params.head_dim) // 2, "KV_TYPE": cache.kv_type, "BLOCK_SIZE": cache.block_size},
+        **{"M": tiling.rows, "TILE": tiling.tokens, "num_warps": tiling.warps, "num_stages": tiling.stages},
     }

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from chandra.backends.cuda import sizes
 from chandra.backends.cuda.fused_kernels import cap
 
 # Sizes of a batch are not specialized for: compiling in the middle of an answer would stall it.
@@ -21,7 +22,7 @@ from chandra.backends.cuda.fused_kernels import cap
 # fmt: off
 
 LOG2E = tl.constexpr(1.4426950408889634)
-SHORT, LONG, SHORT_SPLITS = tl.constexpr(128), tl.constexpr(512), tl.constexpr(32)
+SHORT, LONG, SHORT_SPLITS = (tl.constexpr(n) for n in (sizes.SHORT, sizes.LONG, sizes.SHORT_SPLITS))
 
 
 @triton.jit

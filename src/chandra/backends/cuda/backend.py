@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from chandra.backends.cuda import attention, fused, layouts, linear, moe
+from chandra.backends.cuda import attention, fused, layouts, linear, moe, packing, sizes
 from chandra.backends.cuda.accelerator import Accelerator, CudaAccelerator, guard
 from chandra.backends.cuda.graphs import Graphs
+from chandra.backends.cuda.launch import rehearsal
 from chandra.backends.cuda.sizes import Scratch
 from chandra.backends.cuda.steps import StepArrays
 from chandra.lazy import torch
@@ -60,15 +61,18 @@ class CudaBackend(Backend):
         self.arena = Arena(device)
         self._release = self.accelerator.limit(device.cap)
         weakref.finalize(self, self._release)
-        chip = linear.chip_of(self.accelerator.device)
-        self._splits = self._bytes(linear.scratch_bytes(chip)).zero_()
+        self._splits = self._bytes(sizes.SPLITS).zero_()
         self._scratch = self._bytes(scratch.ops)
         self._steps = StepArrays(self.accelerator, scratch.ints, lambda n: self._bytes(4 * n).view(torch.int32))
         self._graphs = Graphs(self.accelerator, graphs)
 
     def context_bytes(self) -> int:
-        """Bytes of the GPU that merely using it has taken so far."""
+        """What torch may allocate is corrected by it."""
         return self.accelerator.context_bytes()
+
+    def recorded_bytes(self) -> int:
+        """Bytes of the GPU that recorded steps take."""
+        return self._graphs.used
 
     # memory
 
@@ -106,17 +110,19 @@ class CudaBackend(Backend):
         return host
 
     def load_weight(self, weight: PackedWeight, lookup: bool = False) -> Weight:  # noqa: ARG002 (one layout for all)
-        nbytes = self.weight_nbytes(weight.format, weight.shape)
-        memory, packed = self._bytes(nbytes), np.empty(nbytes, np.uint8)
-        self.pack_weight(weight, packed)
-        self.write(packed, memory)
+        memory = self._bytes(self.weight_nbytes(weight.format, weight.shape))
+        packing.load(weight, memory, self._passing, self.write)
         return self.bind_weight(weight.format, weight.shape, memory)
+
+    def _passing(self, nbytes: int) -> torch.Tensor:
+        """Memory for a moment: where partial sums of products are, or, for what is wider than usual, new."""
+        return self._splits[-nbytes:] if nbytes <= packing.STAGE else self._bytes(nbytes)
 
     def weight_nbytes(self, format: Format, shape: tuple[int, ...]) -> int:
         return layouts.weight_nbytes(format, shape)
 
     def pack_weight(self, weight: PackedWeight, out: HostBytes) -> None:
-        layouts.pack(weight, out)
+        packing.pack(weight, out)
 
     def bind_weight(self, format: Format, shape: tuple[int, ...], memory: Array) -> Weight:
         return Weight(format, shape, memory.nbytes, layouts.bind(format, shape, memory))
@@ -149,40 +155,36 @@ class CudaBackend(Backend):
     def forget_steps(self) -> None:
         self._graphs.clear()
 
+    def rehearse(self, ops: Callable[[], None], told: Callable[[int, int], None]) -> None:
+        with guard(self.device.name), rehearsal(told):
+            self.accelerator.use()
+            ops()
+
     def embed(self, batch: ForwardBatch, table: Weight, scale: float, out: Array) -> None:
-        linear.embed(self._steps.batch(batch).token_ids, table.handle, scale, out)
+        linear.unpack(table.handle, out, ids=self._steps.batch(batch).token_ids, factor=scale)
 
     def norm_linear(self, x: Array, norm: Norm | None, linears: tuple[Linear, ...], outs: tuple[Array, ...]) -> None:
         (y,) = self._take((x.shape, self.accelerator.half))
         fused.norm(x, norm, y)
-        products = [linear.Product(each.weight.handle, each.bias, out) for each, out in zip(linears, outs, strict=True)]
-        linear.linears(y, products, self._splits)
+        linear.linears(y, list(map(_product, linears, outs)), self._splits)
 
     def gate_up(
         self, x: Array, norm: Norm | None, gate: Linear | None, up: Linear, activation: Activation, out: Array
     ) -> None:
         (y,) = self._take((x.shape, self.accelerator.half))
         fused.norm(x, norm, y)
-        linear.gate_up(
-            y,
-            gate.weight.handle if gate else None,
-            up.weight.handle,
-            activation,
-            out,
-            gate_bias=gate.bias if gate else None,
-            up_bias=up.bias,
-            scratch=self._splits,
-        )
+        products = _product(gate, out) if gate else None, _product(up, out)
+        linear.gate_up(y, *products, activation, self._splits)
 
     def linear_add(self, x: Array, linear_: Linear, post_norm: Norm | None, residual: Array) -> None:
         between = residual.shape if post_norm else (0,)
         y, out = self._take((x.shape, self.accelerator.half), (between, torch.float32))
         fused.norm(x, None, y)
         if post_norm is None:
-            linear.linear(y, linear_.weight.handle, linear_.bias, residual, accumulate=True, scratch=self._splits)
+            linear.product(y, _product(linear_, residual), self._splits, into="add")
         else:
-            linear.linear(y, linear_.weight.handle, linear_.bias, out, scratch=self._splits)
-            fused.norm_add(out, post_norm, residual)
+            linear.product(y, _product(linear_, out), self._splits)
+            fused.norm(out, post_norm, residual, add=True)
 
     def moe_add(self, x: Array, norm: Norm | None, experts: Experts, post_norm: Norm | None, residual: Array) -> None:
         n, (count, ff, hidden) = len(x), experts.up.shape
@@ -190,13 +192,13 @@ class CudaBackend(Backend):
             (x.shape, self.accelerator.half),
             ((n, count), torch.float32),
             (residual.shape, torch.float32),
-            ((moe.scratch_bytes(n, count, experts.top_k, hidden, ff),), torch.uint8),
+            ((sizes.moe_scratch(n, count, experts.top_k, hidden, ff),), torch.uint8),
         )
         fused.norm(x, norm, y)
-        linear.linear(y, experts.router.weight.handle, experts.router.bias, router, scratch=self._splits)
+        linear.product(y, _product(experts.router, router), self._splits)
         weights = experts.gate.handle, experts.up.handle, experts.down.handle
         moe.moe(y, router, *weights, experts.top_k, experts.normalize, experts.activation, out, rest)
-        fused.norm_add(out, post_norm, residual)
+        fused.norm(out, post_norm, residual, add=True)
 
     def attention(
         self,
@@ -211,19 +213,19 @@ class CudaBackend(Backend):
     ) -> None:
         here, table = self._steps.batch(batch), self._steps.tables(batch, tables)
         extent = here.extent
-        need = attention.scratch_bytes(params, extent.sequences, extent.max_context)
+        need = sizes.split_bytes(params.num_heads, params.head_dim, extent.sequences, extent.max_context)
         turned, rest = self._take((q.shape, attention.query_dtype(cache.kv_type)), ((need // 4,), torch.float32))
         fused.rope_write(q, k, v, here.positions, params, cache, table.slots, turned)
-        sizes = here.query_start, here.context_lens, table.block_table
-        attention.attention(turned, *sizes, params, cache, out, rest, extent)
+        arrays = here.query_start, here.context_lens, table.block_table
+        attention.attention(turned, *arrays, params, cache, out, rest, extent)
 
     def logits(
         self, x: Array, rows: IntArray, norm: Norm, head: Linear, scale: float, softcap: float | None, out: Array
     ) -> None:
         self.accelerator.use()
         (y,) = self._take(((len(rows), x.shape[1]), self.accelerator.half))
-        fused.rows(x, self._steps.rows(rows), norm, y)
-        linear.linear(y, head.weight.handle, head.bias, out, scratch=self._splits)
+        fused.norm(x, norm, y, self._steps.rows(rows))
+        linear.product(y, _product(head, out), self._splits)
         fused.logits_finish(out, scale, softcap)
 
     def _take(self, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:
@@ -239,6 +241,10 @@ class CudaBackend(Backend):
             self._scratch[start : start + nbytes].view(dtype).view(shape)
             for (start, nbytes), (shape, dtype) in zip(places, wanted, strict=True)
         ]
+
+
+def _product(linear_: Linear, out: Array) -> linear.Product:
+    return linear.Product(linear_.weight.handle, linear_.bias, out)
 
 
 def _tensor(host: np.ndarray[Any, Any]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from chandra.backends.cuda import fused_kernels as kernels
+from chandra.backends.cuda.launch import launch
 from chandra.lazy import torch
 from chandra.ops.contracts import AttentionParams, KVLayer, Norm
 
@@ -20,19 +21,14 @@ def padded(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def norm(x: Tensor, norm: Norm | None, out: Tensor) -> None:
-    """out `(n, w)` of any float dtype = norm(x), x float32 `(n, w)`; without a norm only the dtype changes."""
-    _norm_rows(x, None, norm, out, add=False)
-
-
-def rows(x: Tensor, rows: Tensor, norm: Norm | None, out: Tensor) -> None:
-    """out `(r, w)` of any float dtype = norm(x[rows]), x float32 `(n, w)`, rows int32 `(r,)`."""
-    _norm_rows(x, rows, norm, out, add=False)
-
-
-def norm_add(y: Tensor, post_norm: Norm | None, residual: Tensor) -> None:
-    """residual `(n, w)` += post_norm(y), both float32 `(n, w)`."""
-    _norm_rows(y, None, post_norm, residual, add=True)
+def norm(x: Tensor, norm: Norm | None, out: Tensor, rows: Tensor | None = None, add: bool = False) -> None:
+    """out `(n, w)` of any float dtype (+)= norm(x), x float32 `(n, w)`; or norm(x[rows]), rows int32 `(n,)`. Without a
+    norm only the dtype changes."""
+    count, width = out.shape
+    weight, bias, eps, layer = _norm_arguments(norm)
+    warps = 4 if width <= 2048 else 8 if width <= 8192 else 16
+    arguments = x, rows, weight, bias, out, width, eps, layer, add, padded(width)
+    launch(kernels.norm_rows, count)(*arguments, num_warps=warps)
 
 
 def logits_finish(out: Tensor, scale: float, softcap: float | None) -> None:
@@ -40,7 +36,7 @@ def logits_finish(out: Tensor, scale: float, softcap: float | None) -> None:
     if scale == 1.0 and softcap is None:
         return
     count = out.numel()
-    kernels.finish_logits[(-(-count // LOGITS),)](out, count, scale, softcap, LOGITS)
+    launch(kernels.finish_logits, -(-count // LOGITS))(out, count, scale, softcap, LOGITS)
 
 
 def rope_write(
@@ -66,7 +62,7 @@ def rope_write(
     inv_freq, rope_scale, pairs = (None, 1.0, 0) if rope is None else (rope.inv_freq, rope.scale, len(rope.inv_freq))
     arrays = (q, k, v, positions, slots, inv_freq, q_weight, q_bias, k_weight, k_bias, q_out)
     shape = (params.num_heads, params.num_kv_heads, params.head_dim, padded(params.head_dim), pairs)
-    kernels.rope_write[(len(q), tiles)](
+    launch(kernels.rope_write, len(q), tiles)(
         *arrays,
         cache_view(cache.k, cache.kv_type),
         cache_view(cache.v, cache.kv_type),
@@ -87,10 +83,3 @@ def cache_view(rows: Tensor, kv_type: str) -> Tensor:
 def _norm_arguments(norm: Norm | None) -> tuple[Any, Any, float, bool]:
     """weight, bias, eps and whether it is a layer norm."""
     return (None, None, 0.0, False) if norm is None else (norm.weight, norm.bias, norm.eps, norm.kind == "layer")
-
-
-def _norm_rows(x: Tensor, rows: Tensor | None, norm: Norm | None, out: Tensor, add: bool) -> None:
-    count, width = out.shape
-    weight, bias, eps, layer = _norm_arguments(norm)
-    warps = 4 if width <= 2048 else 8 if width <= 8192 else 16
-    kernels.norm_rows[(count,)](x, rows, weight, bias, out, width, eps, layer, add, padded(width), num_warps=warps)

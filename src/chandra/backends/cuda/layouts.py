@@ -15,9 +15,8 @@ which the widths of most models are. Where nf4 blocks straddle rows, the weight 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,17 +24,16 @@ import numpy as np
 
 from chandra.lazy import torch
 from chandra.quant import nf4
-from chandra.quant.base import Format, PackedWeight, spans
+from chandra.quant.base import Format
 from chandra.quant.iq4_nl import LEVELS as IQ4_LEVELS
 from chandra.quant.mxfp4 import MAGNITUDES
 
 Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
 Parts: TypeAlias = Mapping[str, np.ndarray[Any, Any]]
+Array: TypeAlias = Any  # of numpy or torch
 
 ROWS = 32  # rows are padded to a multiple of this
 ALIGNMENT = 128  # bytes
-CHUNK = 1 << 18  # values that a thread repacks at once, in some 8 bytes each
-THREADS = 8  # that repack
 SUPER = 256  # columns of a super-block
 
 
@@ -58,7 +56,7 @@ class Layout:
 
 
 _MXFP4_LEVELS = (*MAGNITUDES, *(-level for level in MAGNITUDES))
-_LAYOUTS = {
+LAYOUTS = {
     "F32": Layout(32, "plain"),
     "F16": Layout(16, "plain"),
     "BF16": Layout(16, "plain", "uint16"),
@@ -82,6 +80,14 @@ _LAYOUTS = {
 }
 
 
+def _bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 @dataclass(frozen=True)
 class Arrangement:
     """A layout at a shape: `stored` is the padded shape, `arrays` the name, dtype and shape of what is stored."""
@@ -101,21 +107,29 @@ class Arrangement:
         """Words (or floats) of a row: a multiple of 16, which lets kernels load 16 bytes at a time."""
         return self.stored[2] // self.layout.planes
 
-    def places(self) -> list[tuple[str, str, tuple[int, ...], int]]:
-        """Name, dtype, shape and first byte of every array, and the total as the first byte of none."""
-        places, start = [], 0
+    @property
+    def nbytes(self) -> int:
+        """Alignment and padding included."""
+        return sum(_aligned(_bytes_of(dtype, shape)) for _, dtype, shape in self.arrays)
+
+    def views(self, memory: Array) -> dict[str, Array]:
+        """The arrays in memory of so many bytes (uint8, aligned to 128): on the host numpy's, else torch's."""
+        views, start, on_host = {}, 0, isinstance(memory, np.ndarray)
         for name, dtype, shape in self.arrays:
-            places.append((name, dtype, shape, start))
-            start += -(-math.prod(shape) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
-        return [*places, ("", "", (), start)]
+            there = {"uint16": "bfloat16" if self.layout.kind == "plain" else "int16"}.get(dtype, dtype)
+            nbytes = _bytes_of(dtype, shape)
+            views[name] = memory[start : start + nbytes].view(dtype if on_host else getattr(torch, there))
+            views[name] = views[name].reshape(shape)
+            start += _aligned(nbytes)
+        return views
 
 
 def arrange(format: Format, shape: tuple[int, ...]) -> Arrangement:
     """The layout of a format at a shape `(rows, columns)` or `(experts, rows, columns)`."""
     experts, rows, columns = (1, *shape)[-3:]
-    layout = _LAYOUTS[format.name]
+    layout = LAYOUTS[format.name]
     if layout.kind in ("float", "nested") and columns % layout.group:
-        layout = _LAYOUTS["F32"]
+        layout = LAYOUTS["F32"]
     if layout.kind == "plain":
         width = 64 if layout.bits == 16 and columns % 64 == 0 else 32
     else:
@@ -147,39 +161,7 @@ def _arrays(layout: Layout, stored: tuple[int, int, int]) -> tuple[tuple[str, st
 
 def weight_nbytes(format: Format, shape: tuple[int, ...]) -> int:
     """Bytes of a weight in device memory, alignment and padding included."""
-    return arrange(format, shape).places()[-1][3]
-
-
-def pack(weight: PackedWeight, out: Bytes) -> None:
-    """Write the device layout of a weight into host memory: uint8, of `weight_nbytes` bytes."""
-    arrangement = arrange(weight.format, weight.shape)
-    out[:] = 0
-    arrays = {
-        name: out[start : start + math.prod(shape) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
-        for name, dtype, shape, start in arrangement.places()[:-1]
-    }
-    (experts, rows, columns), layout = arrangement.shape, arrangement.layout
-    if layout.levels:
-        arrays["levels"][:] = layout.levels
-    if layout.kind == "nested":
-        nested = weight.parts["nested_absmax"]
-        arrays["small"][0] = weight.parts["nested_offset"][0]
-        arrays["small"][1:257] = nf4.dynamic_map().numpy()
-        arrays["small"][257 : 257 + len(nested)] = nested
-
-    def repack(piece: tuple[int, tuple[int, int]]) -> None:
-        expert, (start, stop) = piece
-        own = {name: array[expert] for name, array in arrays.items() if array.ndim == 3}
-        first, last = expert * rows + start, expert * rows + stop
-        if layout.kind == "plain":
-            own["codes"][start:stop, :columns] = _floats(weight, first, last)
-        else:
-            _store(_READERS[weight.format.name](weight, first, last), own, arrangement, start, stop)
-
-    from concurrent.futures import ThreadPoolExecutor  # here: plans without a GPU do without
-
-    with ThreadPoolExecutor(THREADS) as pool:  # numpy lets go of the interpreter
-        list(pool.map(repack, itertools.product(range(experts), spans(rows, CHUNK // columns))))
+    return arrange(format, shape).nbytes
 
 
 @functools.cache
@@ -192,170 +174,6 @@ def level_bytes(levels: tuple[float, ...], bfloat16: bool) -> tuple[int, ...]:
     else:
         halves = values.astype(np.float16).view(np.uint16)
     return tuple(np.ascontiguousarray(halves.view(np.uint8).reshape(-1, 2).T).view(np.int32).reshape(-1).tolist())
-
-
-@dataclass(frozen=True)
-class Values:
-    """Some rows of a weight: codes uint8 `(n, columns)`, scales `(n, groups)`, small scales uint32 `(n, words)`."""
-
-    codes: Bytes
-    scales: np.ndarray[Any, Any]
-    small: np.ndarray[Any, Any] | None = None
-
-
-def _store(values: Values, own: Parts, arrangement: Arrangement, start: int, stop: int) -> None:
-    layout, width, planes, n = arrangement.layout, arrangement.width, arrangement.layout.planes, stop - start
-    padding = arrangement.stored[2] - arrangement.shape[2]
-    codes = np.pad(values.codes, ((0, 0), (0, padding))) if padding else values.codes
-    by_plane = np.ascontiguousarray(codes.reshape(n, -1, planes, width).transpose(2, 0, 1, 3))
-    low = by_plane & ((1 << layout.bits) - 1) if layout.high else by_plane
-    in_words, per_byte = own["codes"][start:stop].view(np.uint8).reshape(n, -1, width, 4), 8 // layout.bits
-    for byte in range(4):
-        value = low[byte * per_byte]
-        for i in range(1, per_byte):
-            value = value | low[byte * per_byte + i] << layout.bits * i
-        in_words[..., byte] = value
-    if layout.high:
-        upper = (by_plane >> layout.bits).astype(own["high"].dtype)
-        own["high"][start:stop] = sum(upper[i] << layout.high * i for i in range(planes)).reshape(n, -1)
-    own["scales"][: values.scales.shape[1], start:stop] = values.scales.T.view(own["scales"].dtype)
-    if values.small is not None:
-        own["small"][:, start:stop] = values.small.T.view(np.int32)
-
-
-def _floats(weight: PackedWeight, start: int, stop: int) -> np.ndarray[Any, Any]:
-    dtype = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32}.get(weight.format.name)
-    if dtype is None:
-        return weight.format.unpack_rows(weight.tensors(), weight.shape, start, stop).numpy()
-    rows: np.ndarray[Any, Any] = _rows(weight, "data", start, stop).view(dtype)
-    return rows
-
-
-def _rows(weight: PackedWeight, part: str, start: int, stop: int) -> np.ndarray[Any, Any]:
-    return weight.parts[part].reshape(math.prod(weight.shape[:-1]), -1)[start:stop]
-
-
-def fields(data: Bytes, bits: int, run: int) -> Bytes:
-    """Bit fields of runs of bytes `(..., k)` -> `(..., k * 8 / bits)`, as `quant.bits.unpack_fields`."""
-    data = np.ascontiguousarray(data)
-    values = np.empty((*data.shape[:-1], data.shape[-1] // run, 8 // bits, run), np.uint8)
-    for i in range(8 // bits):  # long runs of bytes are what numpy is fast with
-        values[..., i, :] = ((data >> bits * i) & ((1 << bits) - 1)).reshape(*data.shape[:-1], -1, run)
-    return values.reshape(*data.shape[:-1], -1)
-
-
-def words(values: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    """Numbers of `bits` bits `(..., k)` -> uint32 words `(..., k * bits / 32)`, the first in the lowest bits."""
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    parts = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % len(shifts))])
-    shifted = parts.reshape(*parts.shape[:-1], -1, len(shifts)).astype(np.uint32) << shifts
-    total: np.ndarray[Any, np.dtype[np.uint32]] = shifted.sum(-1, dtype=np.uint32)
-    return total
-
-
-def _blocks(read: Callable[[Bytes], tuple[Any, ...]], size: int) -> Callable[[PackedWeight, int, int], Values]:
-    """A reader of GGUF blocks: `read` takes them `(n, blocks, bytes)` and returns codes, scales and small scales."""
-
-    def reader(weight: PackedWeight, start: int, stop: int) -> Values:
-        data = np.ascontiguousarray(_rows(weight, "data", start, stop)).reshape(stop - start, -1, size)
-        codes, scales, *small = (np.ascontiguousarray(part) for part in read(data))
-        rest = small[0].reshape(len(data), -1) if small else None
-        return Values(codes.reshape(len(data), -1), scales.reshape(len(data), -1), rest)
-
-    return reader
-
-
-def _half(b: Bytes, at: int) -> np.ndarray[Any, Any]:
-    return np.ascontiguousarray(b[..., at : at + 2]).view(np.float16)
-
-
-def _pair(b: Bytes, at: int) -> np.ndarray[Any, Any]:
-    return np.ascontiguousarray(b[..., at : at + 4]).view(np.int32)
-
-
-def _six(b: Bytes) -> np.ndarray[Any, Any]:
-    """Scales and minimums of Q4_K and Q5_K."""
-    first, rest = b[..., 4:12], b[..., 12:16]
-    low = np.concatenate((first[..., :4] & 15, rest & 15, first[..., 4:] & 15, rest >> 4), -1)
-    high = first & 63, first >> 6
-    upper = np.concatenate((high[0][..., :4] >> 4, high[1][..., :4], high[0][..., 4:] >> 4, high[1][..., 4:]), -1)
-    return np.concatenate((words(low, 4), words(upper, 2)), -1)
-
-
-def _fifth(nibbles: Bytes, bits: Bytes) -> Any:
-    return nibbles | bits << 4
-
-
-def _signed(sc: Any) -> np.ndarray[Any, Any]:
-    """6-bit scales of Q3_K and IQ4_XS."""
-    return np.concatenate((words(sc & 15, 4), words(sc >> 4, 2)), -1)
-
-
-_READERS: dict[str, Callable[[PackedWeight, int, int], Values]] = {
-    "Q4_0": _blocks(lambda b: (fields(b[..., 2:], 4, 16), _half(b, 0)), 18),
-    "IQ4_NL": _blocks(lambda b: (fields(b[..., 2:], 4, 16), _half(b, 0)), 18),
-    "MXFP4": _blocks(lambda b: (fields(b[..., 1:], 4, 16), b[..., :1]), 17),
-    "Q4_1": _blocks(lambda b: (fields(b[..., 4:], 4, 16), _pair(b, 0)), 20),
-    "Q5_0": _blocks(lambda b: (_fifth(fields(b[..., 6:], 4, 16), fields(b[..., 2:6], 1, 1)), _half(b, 0)), 22),
-    "Q5_1": _blocks(lambda b: (_fifth(fields(b[..., 8:], 4, 16), fields(b[..., 4:8], 1, 1)), _pair(b, 0)), 24),
-    "Q8_0": _blocks(lambda b: (b[..., 2:] ^ 0x80, _half(b, 0)), 34),
-    "Q2_K": _blocks(
-        lambda b: (
-            fields(b[..., 16:80], 2, 32),
-            _pair(b, 80),
-            np.concatenate((words(b[..., :16] & 15, 4), words(b[..., :16] >> 4, 4)), -1),
-        ),
-        84,
-    ),
-    "Q3_K": _blocks(
-        lambda b: (
-            fields(b[..., 32:96], 2, 32) | fields(b[..., :32], 1, 32) << 2,
-            _half(b, 108),
-            _signed(fields(b[..., 96:104], 4, 8) | fields(b[..., 104:108], 2, 4) << 4),
-        ),
-        110,
-    ),
-    "Q4_K": _blocks(lambda b: (fields(b[..., 16:], 4, 32), _pair(b, 0), _six(b)), 144),
-    "Q5_K": _blocks(
-        lambda b: (_fifth(fields(b[..., 48:], 4, 32), fields(b[..., 16:48], 1, 32)), _pair(b, 0), _six(b)), 176
-    ),
-    "Q6_K": _blocks(
-        lambda b: (
-            _fifth(fields(b[..., :128], 4, 64), fields(b[..., 128:192], 2, 32)),
-            _half(b, 208),
-            words(b[..., 192:208], 8),
-        ),
-        210,
-    ),
-    "IQ4_XS": _blocks(
-        lambda b: (
-            fields(b[..., 8:], 4, 16),
-            _half(b, 0),
-            _signed(fields(b[..., 4:8], 4, 1) | fields(b[..., 2:4], 2, 1) << 4),
-        ),
-        136,
-    ),
-}
-
-
-def _read_int8(weight: PackedWeight, start: int, stop: int) -> Values:
-    codes: Bytes = _rows(weight, "data", start, stop).view(np.uint8) ^ np.uint8(0x80)
-    return Values(codes, _rows(weight, "scales", start, stop))
-
-
-def _read_int4(weight: PackedWeight, start: int, stop: int) -> Values:
-    scales, zeros = (_rows(weight, part, start, stop).view(np.uint16).astype(np.uint32) for part in ("scales", "zeros"))
-    return Values(fields(_rows(weight, "data", start, stop), 4, 1), (scales | zeros << 16).view(np.int32))
-
-
-def _read_nf4(weight: PackedWeight, start: int, stop: int) -> Values:
-    q = _rows(weight, "data", start, stop)
-    codes: Bytes = np.stack((q >> 4, q & 15), -1).reshape(stop - start, -1)
-    return Values(codes, _rows(weight, "absmax", start, stop))
-
-
-_READERS |= {"int8": _read_int8, "nf4": _read_nf4, "nf4-dq": _read_nf4}
-_READERS |= {name: _read_int4 for name in _LAYOUTS if name.startswith("int4-")}
 
 
 @dataclass(frozen=True)
@@ -373,10 +191,7 @@ class DeviceWeight:
 def bind(format: Format, shape: tuple[int, ...], memory: torch.Tensor) -> DeviceWeight:
     """A weight over device memory (uint8, 128-byte aligned) that holds, or will hold, what `pack` writes."""
     arrangement = arrange(format, shape)
-    views = {}
-    for name, dtype, stored, start in arrangement.places()[:-1]:
-        kind = {"uint16": "bfloat16" if arrangement.layout.kind == "plain" else "int16"}.get(dtype, dtype)
-        end = start + math.prod(stored) * np.dtype(dtype).itemsize
-        views[name] = memory[start:end].view(getattr(torch, kind)).view(stored)
+    views = arrangement.views(memory)
     codes = views["codes"]
-    return DeviceWeight(arrangement, codes, *(views.get(k, codes) for k in ("high", "scales", "small", "levels")))
+    others: list[Any] = [views.get(name, codes) for name in ("high", "scales", "small", "levels")]
+    return DeviceWeight(arrangement, codes, *others)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from chandra.backends.cuda.launch import launch
 from chandra.backends.cuda.layouts import DeviceWeight, bind, level_bytes
 from chandra.backends.cuda.linear_kernels import product_kernel
+from chandra.backends.cuda.sizes import PLACES, UNPACKED
 from chandra.backends.cuda.unpack_kernels import unpack_kernel
 from chandra.lazy import torch
 from chandra.quant import get_format
@@ -17,9 +19,7 @@ from chandra.quant.base import spans
 DECODE = 16  # up to so many rows are computed alike, bit for bit
 _FINE = 32  # weight rows of a decode tile, for a thread block of two warps
 _BLOCKS = 8  # decode thread blocks of a multiprocessor: what their registers allow, and enough loads under way
-_PLACES = 2048  # partial sums of tiles that are kept at once
 _UNPACK_ROWS = 512  # from so many rows on, unpacking a weight once is cheaper than in every tile of rows
-_UNPACKED = 32 << 20  # bytes of an unpacked piece: it stays in the cache of large chips
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,6 @@ def splits_for(chip: Chip, blocks: int, spans: int) -> int:
     """Pieces into which `blocks` tiles of a decode are split, at least two spans each. The same for 1 to 16 rows."""
     splits = max(1, min(_BLOCKS * chip.multiprocessors // blocks, spans // 2))
     return -(-spans // -(-spans // splits))
-
-
-def scratch_bytes(chip: Chip) -> int:
-    """Bytes of zeroed scratch for all products on one stream: partial sums, and an unpacked piece of a weight."""
-    places = max(_PLACES, _BLOCKS * chip.multiprocessors)
-    return places * (4 + _FINE * DECODE * 4) + (_UNPACKED if chip.capability >= 80 else 0)
 
 
 @dataclass(frozen=True)
@@ -137,10 +131,9 @@ def _launch(
     splits, locks, partials = 1, first.out, first.out
     if scratch is not None and len(x) <= DECODE and routes is None:
         splits = splits_for(chip, blocks * (2 if gated else 1), length)
-        places = max(_PLACES, _BLOCKS * chip.multiprocessors)
-        locks, partials = scratch[: 4 * places].view(torch.int32), scratch[4 * places :].view(torch.float32)
+        locks, partials = scratch[: 4 * PLACES].view(torch.int32), scratch[4 * PLACES :].view(torch.float32)
     grid = -(-len(x) // tiles.bm) if routes is None else len(routes.tiles), blocks, splits * (2 if gated else 1)
-    product_kernel[grid](
+    launch(product_kernel, *grid)(
         *(x, x if routes is None else routes.order, x if routes is None else routes.tiles),
         *(first.weight.levels, locks, partials),
         *(argument for p in (*products, first, first)[:3] for argument in p.arguments()),
@@ -163,36 +156,25 @@ def product(
     into: Literal["", "add", "multiply"] = "",
     routes: Routes | None = None,
 ) -> None:
-    """One product, of many rows through unpacked pieces of the weight: see `linear` and `gate_up`."""
+    """out float32 `(n, rows)` = activation(x @ weight.T + bias), or that added to out or multiplied with it; x float16
+    or bfloat16 `(n, columns)`. Many rows meet unpacked pieces of the weight.
+
+    scratch: of `sizes.SPLITS` bytes, zeros before its first use, used by one stream. Without it decode is slower.
+    """
     arrangement, chip = one.weight.arrangement, chip_of(x.device)
     _, outputs, inputs = arrangement.shape
     many = len(x) >= _UNPACK_ROWS and arrangement.layout.kind != "plain" and inputs % 64 == 0
     if scratch is None or not many or routes is not None or chip.capability < 80:
         _launch(x, (one,), scratch, activation=activation, into=into, routes=routes)
         return
-    memory = scratch[-_UNPACKED:]
+    memory = scratch[-UNPACKED:]
     format = get_format("F16" if x.dtype == torch.float16 else "BF16")
-    for start, stop in spans(outputs, _UNPACKED // (2 * inputs) // 128 * 128):
+    for start, stop in spans(outputs, UNPACKED // (2 * inputs) // 128 * 128):
         piece = memory[: (stop - start) * inputs * 2].view(x.dtype).view(-1, inputs)
-        unpack(one.weight, start, stop, piece)
+        unpack(one.weight, piece, start)
         weight = bind(format, (stop - start, inputs), memory)
         bias = None if one.bias is None else one.bias[start:stop]
         _launch(x, (Product(weight, bias, one.out[:, start:stop]),), activation=activation, into=into)
-
-
-def linear(
-    x: torch.Tensor,
-    weight: DeviceWeight,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    accumulate: bool = False,
-    scratch: torch.Tensor | None = None,
-) -> None:
-    """out float32 `(n, rows)` (+)= x `(n, columns)` @ weight.T + bias; x float16 or bfloat16, bias float32.
-
-    scratch: of `scratch_bytes`, zeros before its first use, used by one stream. Without it decode is slower.
-    """
-    product(x, Product(weight, bias, out), scratch, into="add" if accumulate else "")
 
 
 def linears(x: torch.Tensor, products: Sequence[Product], scratch: torch.Tensor | None = None) -> None:
@@ -207,47 +189,34 @@ def linears(x: torch.Tensor, products: Sequence[Product], scratch: torch.Tensor 
 
 def gate_up(
     x: torch.Tensor,
-    gate: DeviceWeight | None,
-    up: DeviceWeight,
+    gate: Product | None,
+    up: Product,
     activation: str,
-    out: torch.Tensor,
-    gate_bias: torch.Tensor | None = None,
-    up_bias: torch.Tensor | None = None,
     scratch: torch.Tensor | None = None,
     routes: Routes | None = None,
 ) -> None:
-    """out `(n, rows)` of any float dtype = activation(x @ gate.T + gate_bias) * (x @ up.T + up_bias); without a gate
-    activation(x @ up.T + up_bias). Decode takes one launch, prefill one for each weight."""
-    product_up = Product(up, up_bias, out)
+    """up's out (gate's as well) of any float dtype = activation(x @ gate.T + bias) * (x @ up.T + bias); without a gate
+    activation(x @ up.T + bias). Decode takes one launch, prefill one for each weight."""
     if gate is None:
-        product(x, product_up, scratch, activation, routes=routes)
+        product(x, up, scratch, activation, routes=routes)
         return
-    product_gate = Product(gate, gate_bias, out)
-    fits = -(-up.arrangement.stored[1] // _FINE) * 2 <= _PLACES
-    if scratch is not None and routes is None and len(x) <= DECODE and fits and product_up.alike(product_gate):
-        _launch(x, (product_up, product_gate), scratch, gated=True, activation=activation)
+    fits = -(-up.weight.arrangement.stored[1] // _FINE) * 2 <= PLACES
+    if scratch is not None and routes is None and len(x) <= DECODE and fits and up.alike(gate):
+        _launch(x, (up, gate), scratch, gated=True, activation=activation)
     else:
-        product(x, product_gate, scratch, activation, routes=routes)
-        product(x, product_up, scratch, into="multiply", routes=routes)
+        product(x, gate, scratch, activation, routes=routes)
+        product(x, up, scratch, into="multiply", routes=routes)
 
 
-def embed(ids: torch.Tensor, weight: DeviceWeight, scale: float, out: torch.Tensor) -> None:
-    """out `(n, columns)` of any float dtype = rows `ids` (int32) of the weight, times scale."""
-    _unpack(ids, 0, len(ids), weight, scale, out)
-
-
-def unpack(weight: DeviceWeight, start: int, stop: int, out: torch.Tensor) -> None:
-    """out `(stop - start, columns)` of any float dtype = rows start to stop of a weight without experts."""
-    _unpack(None, start, stop - start, weight, 1.0, out)
-
-
-def _unpack(
-    ids: torch.Tensor | None, start: int, n: int, weight: DeviceWeight, factor: float, out: torch.Tensor
+def unpack(
+    weight: DeviceWeight, out: torch.Tensor, start: int = 0, ids: torch.Tensor | None = None, factor: float = 1.0
 ) -> None:
-    arrangement = weight.arrangement
+    """out `(n, columns)` of any float dtype = the rows from `start` on, or `ids` (int32), of a weight without experts,
+    times factor."""
+    arrangement, n = weight.arrangement, len(out)
     _, outputs, inputs = arrangement.shape
     bn = 1 if n == 1 else 8
-    unpack_kernel[-(-n // bn), arrangement.spans](
+    launch(unpack_kernel, -(-n // bn), arrangement.spans)(
         *(out if ids is None else ids, start, n),
         *(weight.codes, weight.high, weight.scales, weight.small, weight.levels),
         *(out, factor, inputs, outputs, arrangement.stored[1], arrangement.pitch),

@@ -100,25 +100,8 @@ def _packed(
                 v0 = value(
                     w, h, levels, scales, small, r, rows, inputs, span, i, BITS, HIGH, WIDTH, GROUP, KIND, TABLE, OFFSET
                 )
-                v1 = value(
-                    w,
-                    h,
-                    levels,
-                    scales,
-                    small,
-                    r,
-                    rows,
-                    inputs,
-                    span,
-                    i + HALF,
-                    BITS,
-                    HIGH,
-                    WIDTH,
-                    GROUP,
-                    KIND,
-                    TABLE,
-                    OFFSET,
-                )
+                v1 = value(w, h, levels, scales, small, r, rows, inputs, span, i + HALF, BITS, HIGH, WIDTH, GROUP, KIND,
+                           TABLE, OFFSET)  # fmt: skip
                 acc = tl.dot(v1.to(DTYPE), x1, tl.dot(v0.to(DTYPE), x0, acc))
     return acc
 

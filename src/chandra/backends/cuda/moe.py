@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 
+from chandra.backends.cuda.launch import launch
 from chandra.backends.cuda.layouts import ALIGNMENT, DeviceWeight
 from chandra.backends.cuda.linear import DECODE, Product, Routes, chip_of, gate_up, product, tiles_for
 from chandra.backends.cuda.moe_kernels import add_kernel, choose_kernel, group_kernel
@@ -19,11 +20,6 @@ def _sizes(n: int, bm: int, experts: int, top_k: int, hidden: int, ff: int) -> t
     tiles = min(slots, min(slots, experts) + slots // bm)
     sizes = (4 * slots, 4 * slots, 4 * tiles * bm, 4 * tiles, 2 * slots * ff, 4 * slots * hidden)
     return tuple(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
-
-
-def scratch_bytes(n: int, experts: int, top_k: int, hidden: int, ff: int) -> int:
-    """Bytes of scratch that `moe` needs for up to n rows."""
-    return max(sum(_sizes(n, bm, experts, top_k, hidden, ff)) for bm in (1, 2, 4, 8, 16, 32, 64, 128))
 
 
 def moe(
@@ -40,7 +36,7 @@ def moe(
 ) -> None:
     """out float32 `(n, hidden)` = the chosen experts of x `(n, hidden)`, weighted (see `contracts.Experts`).
 
-    router_logits float32 `(n, experts)`; scratch uint8 of `scratch_bytes`, 128-byte aligned, whatever is in it.
+    router_logits float32 `(n, experts)`; scratch uint8 of `sizes.moe_scratch`, 128-byte aligned, whatever is in it.
     """
     n, hidden = x.shape
     experts, ff = up.arrangement.shape[:2]
@@ -54,10 +50,11 @@ def moe(
     inner = inner.view(x.dtype)[: slots * ff].view(slots, ff)
     tiles = tiles[: min(slots, min(slots, experts) + slots // bm)]
     power = triton.next_power_of_2(experts)
-    choose_kernel[(n,)](router_logits, choices, shares, experts, TOP=top_k, E=power, NORMALIZE=normalize, num_warps=1)
+    chosen = router_logits, choices, shares, experts
+    launch(choose_kernel, n)(*chosen, TOP=top_k, E=power, NORMALIZE=normalize, num_warps=1)
     chunk = min(max(triton.next_power_of_2(slots), 16), 8192 // min(power, 512))
-    group_kernel[(experts,)](choices, order, tiles, slots, len(tiles), BM=bm, E=power, CHUNK=chunk)
-    gate_up(x, gate, up, activation, inner, routes=Routes(order, tiles, top_k, bm))
+    launch(group_kernel, experts)(choices, order, tiles, slots, len(tiles), BM=bm, E=power, CHUNK=chunk)
+    gate_up(x, Product(gate, None, inner), Product(up, None, inner), activation, routes=Routes(order, tiles, top_k, bm))
     product(inner, Product(down, None, parts.view(slots, hidden)), routes=Routes(order, tiles, 1, bm))
     block = min(1024, triton.next_power_of_2(hidden))
-    add_kernel[(n, triton.cdiv(hidden, block))](parts, shares, out, hidden, TOP=top_k, BLOCK=block)
+    launch(add_kernel, n, triton.cdiv(hidden, block))(parts, shares, out, hidden, TOP=top_k, BLOCK=block)

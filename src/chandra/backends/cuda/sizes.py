@@ -1,7 +1,4 @@
-"""How many bytes the backend keeps for itself, known without a GPU, torch or Triton.
-
-The kernels' modules have the same figures from the shapes they launch with; a test compares them.
-"""
+"""How many bytes the backend keeps for itself, known without a GPU, torch or Triton."""
 
 from __future__ import annotations
 
@@ -10,9 +7,13 @@ from typing import NamedTuple
 from chandra.backends.cuda.layouts import ALIGNMENT
 
 HALF, FLOAT, INT = 2, 4, 4
-_PLACES = 2048  # partial sums of products that are kept, on any GPU of up to 256 multiprocessors
-_UNPACKED = 32 << 20  # a piece of a weight that is unpacked for long prefills
-_SHORT, _LONG, _SHORT_SPLITS = 128, 512, 32  # tokens of a split of attention, near the start and after it
+PLACES = 2048  # partial sums of tiles of products that are kept at once, on any GPU of up to 256 multiprocessors
+TILE = 32 * 16  # values of a tile of a decode
+UNPACKED = (
+    32 << 20
+)  # bytes of a piece of a weight that is unpacked for long prefills: the cache of large chips has room
+SPLITS = PLACES * (INT + TILE * FLOAT) + UNPACKED  # scratch of products: counters, zero at first, partial sums, a piece
+SHORT, LONG, SHORT_SPLITS = 128, 512, 32  # tokens of a split of attention, near the start and after it
 _EXPERT_ROWS = 128  # of a tile of one expert, at most
 
 
@@ -29,8 +30,8 @@ class Scratch(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """With the partial sums of products, and a piece of a weight that is unpacked."""
-        return self.ops + INT * self.ints + _PLACES * (INT + 32 * 16 * FLOAT) + _UNPACKED
+        """With what products keep."""
+        return self.ops + INT * self.ints + SPLITS
 
 
 def step_ints(rows: int, sequences: int, blocks: int, groups: int, logit_rows: int) -> int:
@@ -47,17 +48,32 @@ def linear_bytes(rows: int, width: int, out: int) -> int:
 
 def attention_bytes(rows: int, heads: int, head_dim: int, sequences: int, context: int) -> int:
     """Queries as the cache's type wants them, and what the splits of decodes found."""
-    context, short = context_bucket(context), _SHORT * _SHORT_SPLITS
-    splits = -(-context // _SHORT) if context <= short else _SHORT_SPLITS + -(-(context - short) // _LONG)
-    return _aligned(FLOAT * rows * heads * head_dim) + _aligned(FLOAT * sequences * splits * heads * (head_dim + 2))
+    found = split_bytes(heads, head_dim, sequences, context_bucket(context))
+    return _aligned(FLOAT * rows * heads * head_dim) + _aligned(found)
+
+
+def num_splits(context: int) -> int:
+    """The splits of decode at this context."""
+    short = SHORT * SHORT_SPLITS
+    return -(-context // SHORT) if context <= short else SHORT_SPLITS - (short - context) // LONG
+
+
+def split_bytes(heads: int, head_dim: int, sequences: int, context: int) -> int:
+    """What the splits of so many decodes find: outputs, maxima and totals."""
+    return FLOAT * sequences * num_splits(context) * heads * (head_dim + 2)
 
 
 def moe_bytes(rows: int, experts: int, top_k: int, hidden: int, ff: int) -> int:
     """The input in 16 bits, the router's logits, the output, and what `moe` keeps."""
+    router = _aligned(FLOAT * rows * experts)
+    return linear_bytes(rows, hidden, hidden) + router + moe_scratch(rows, experts, top_k, hidden, ff)
+
+
+def moe_scratch(rows: int, experts: int, top_k: int, hidden: int, ff: int) -> int:
+    """What `moe` keeps: choices and shares, slots by expert, inner state, parts."""
     slots = rows * top_k
     tiles = INT * (min(slots, experts) * (_EXPERT_ROWS + 1) + 2 * slots)
-    inner = slots * (2 * INT + HALF * ff + FLOAT * hidden) + tiles + 6 * ALIGNMENT
-    return linear_bytes(rows, hidden, hidden) + _aligned(FLOAT * rows * experts) + inner
+    return slots * (2 * INT + HALF * ff + FLOAT * hidden) + tiles + 6 * ALIGNMENT
 
 
 def _aligned(nbytes: int) -> int:
