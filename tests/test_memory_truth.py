@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from chandra import LLM, SamplingParams
+from chandra.config import Settings
 from chandra.errors import BudgetExceeded
-from chandra.planner import kernels
+from chandra.planner import calibrate, kernels
 
 pytestmark = pytest.mark.model
 
@@ -53,29 +54,33 @@ def in_memory(file):  # bytes of its pages
             nbytes += int(line.split()[1]) << 10
     return nbytes
 
+rng = np.random.default_rng(0)
+
+def prompts(count, length):
+    return [rng.integers(1000, 20000, length).tolist() for _ in range(count)]
+
 with LLM(path, **options) as llm:
-    runtime, w = llm.runtime, llm.plan.workload
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(1000, 20000, w.context - 6).tolist() for _ in range(w.parallel)]
+    runtime, w, most = llm.runtime, llm.plan.workload, llm.plan.max_num_seqs
     before = in_memory(runtime.stored.path)  # of these the process was found with
     params = SamplingParams(typical_p=0.9, max_tokens=6, ignore_eos=True, logprobs=2)
-    llm.generate(prompts, params)
-    share = w.context * w.parallel // llm.plan.max_num_seqs - 16
-    llm.generate([rng.integers(1000, 20000, share).tolist() for _ in range(llm.plan.max_num_seqs)], params)
+    llm.generate(prompts(w.parallel, w.context - 6), params)
+    llm.generate(prompts(most, w.context * w.parallel // most - 16), params)
+    llm.generate(prompts(most, llm.plan.chunk // most), params)  # all of them in one step
     peak = peak_resident()
     backends = {b.device.name: b for b in runtime.decoder.backends.distinct()}
-    checkpoint = open_checkpoint(runtime.stored.path)
-    sizes = plannable(llm.name, runtime.spec, checkpoint).variants[0]
-    print(json.dumps({
+    found = {
         "plan": {d.name: llm.plan.predicted(d.name) for d in llm.plan.devices},
         "highest": {d.name: runtime.ledger.highest(d.name) for d in llm.plan.devices},
         "arenas": {name: b.arena.peak for name, b in backends.items() if hasattr(b, "arena")},
         "rows": [(r.device, r.kind, r.predicted, r.peak) for r in llm.memory()],
-        "loading": loading(sizes, {part.name for part in llm.plan.parts() if part.placement == "host"}),
         "scratch": (BuiltKernels().scratch_bytes(runtime.spec, _limits(llm.plan)), _cpu.scratch_held()),
         "touched": in_memory(runtime.stored.path) - before,
         "peak": peak,
-    }))
+    }
+checkpoint = open_checkpoint(runtime.stored.path)
+sizes = plannable(llm.name, runtime.spec, checkpoint).variants[0]
+on_host = {part.name for part in llm.plan.parts() if part.placement == "host"}
+print(json.dumps(found | {"loading": loading(sizes, on_host)}))
 """
 
 ONE: dict[str, Any] = {"ctx": 256, "parallel": 1}
@@ -101,16 +106,25 @@ MATRIX = [
 ]
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a calibration, which the runs of these tests correct."""
+    folder = tmp_path_factory.mktemp("home")
+    calibrate(Settings(home=folder, threads=2), quick=True)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MATRIX)],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
-def test_memory_is_as_planned(name: str, options: dict[str, Any], model_file: Callable[[str], Path]) -> None:
+def test_memory_is_as_planned(
+    name: str, options: dict[str, Any], model_file: Callable[[str], Path], home: Path
+) -> None:
     command = [sys.executable, "-c", MEASURE, str(model_file(name)), json.dumps(options)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "CHANDRA_THREADS": "2"}, check=False
-    )
+    environment = {**os.environ, "CHANDRA_THREADS": "2", "CHANDRA_HOME": str(home)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     rows = {(device, kind): (predicted, peak) for device, kind, predicted, peak in found["rows"]}
