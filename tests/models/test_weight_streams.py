@@ -192,7 +192,7 @@ def test_a_step_may_be_cut_short(placement: str, away: bool, monkeypatch: pytest
 )
 def test_a_plan_for_experts_is_executed_to_the_byte(mode: Any, cap: int, disk: int) -> None:
     spec, source = model(MOE, 4)
-    gpu, host = Device("virtual:0", "virtual", cap), Device("cpu", "cpu", PIECE + 680_000 if disk else 1 << 24)
+    gpu, host = Device("virtual:0", "virtual", cap), Device("cpu", "cpu", PIECE + 590_000 if disk else 1 << 24)
     machine = replace(ASSUMED_HOST, profiles={"cpu": replace(ASSUMED_HOST.host, runtime=0)})
     wanted = Constraints(context=64, chunk=8, kv_type="f16", disk=disk << 24, modes=(mode,), swap=0)
     made = plan(plannable("moe", spec, source), [gpu, host], machine, wanted)

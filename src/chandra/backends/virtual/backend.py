@@ -40,7 +40,8 @@ _SHORTEST_WAIT = 0.0005  # seconds; the system's timers are not finer
 
 
 class _Pace:
-    """Makes work take at least bytes / rate seconds, on average: short waits are put off until they add up."""
+    """Makes work take at least bytes / rate seconds, on average: short waits are put off until they add up, and what
+    follows within a moment makes up for timers that wake late."""
 
     def __init__(self, rate: float | None) -> None:
         self._rate = rate
@@ -54,7 +55,8 @@ class _Pace:
         yield
         if self._rate is not None:
             with self._lock:
-                self._due = due = max(self._due, began) + nbytes / self._rate
+                start = began if began > self._due + _SHORTEST_WAIT else self._due
+                self._due = due = start + nbytes / self._rate
             ahead = due - time.perf_counter()
             if ahead > _SHORTEST_WAIT:
                 time.sleep(ahead)
