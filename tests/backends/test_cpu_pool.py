@@ -19,7 +19,9 @@ def test_pool_under_stress(tmp_path: Path, flags: list[str], mode: str) -> None:
         pytest.skip("needs a C++ compiler and the kernel sources")
     binary = tmp_path / "stress"
     sources = [str(STRESS), str(CSRC / "pool.cpp")]
-    subprocess.run([compiler, "-std=c++20", *flags, f"-I{CSRC}", *sources, "-o", str(binary), "-pthread"], check=True)
+    subprocess.run(
+        [compiler, "-std=c++20", *flags, "-iquote", str(CSRC), *sources, "-o", str(binary), "-pthread"], check=True
+    )
     done = subprocess.run([binary, mode], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -84,6 +84,8 @@ def test_products_while_weights_are_repacked(tmp_path: Path, compiler: str, sani
     binary = tmp_path / "stress"
     sources = [str(STRESS), *(str(CSRC / f"{name}.cpp") for name in STRESSED)]
     flags = ["-std=c++20", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-ffp-contract=off"]
-    subprocess.run([compiler, *flags, "-Wno-psabi", f"-I{CSRC}", *sources, "-o", str(binary), "-pthread"], check=True)
+    subprocess.run(
+        [compiler, *flags, "-Wno-psabi", "-iquote", str(CSRC), *sources, "-o", str(binary), "-pthread"], check=True
+    )
     done = subprocess.run([binary], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

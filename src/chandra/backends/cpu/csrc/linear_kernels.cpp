@@ -15,20 +15,27 @@ using panels::Decoded;
 
 // Products
 
-template <class S, class P>
-CHANDRA_INLINE typename S::F add_product(const Decoded<S>& d, const ActBlock& x, typename S::F acc) {
+// acc[t] += the product of 32 columns with token t.
+template <class S, class P, int kTokens>
+CHANDRA_INLINE void add_products(const Decoded<S>& d, const ActBlock* x, typename S::F* acc) {
   using I = typename S::I;
   constexpr int n = 8 / P::groups;
-  const float sums[2] = {P::groups == 1 ? x.sum : x.sum_lo, x.sum_hi};
-  const int32_t nsums[2] = {P::groups == 1 ? x.nsum : x.nsum_lo, x.nsum_hi};
+#pragma GCC unroll 2
   for (int g = 0; g < P::groups; ++g) {
-    I start{};
-    if constexpr (P::offset_bits >= 0) start = S::splat(nsums[g]) << P::offset_bits;
-    const I dot = S::template dot<P::top>(start, d.w + n * g, x.q + 4 * n * g, n);
-    acc = S::fma(S::to_float(dot), d.scale[g] * x.scale, acc);
-    if constexpr (P::minimums) acc = S::fma(d.shift[g], S::splat(sums[g]), acc);
+    I dots[kTokens] = {};
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens && P::offset_bits >= 0; ++t) {
+      const int32_t nsum = P::groups == 1 ? x[t].nsum : g ? x[t].nsum_hi : x[t].nsum_lo;
+      dots[t] = S::splat(nsum) << (P::offset_bits < 0 ? 0 : P::offset_bits);
+    }
+    S::template dot<P::top, kTokens>(dots, d.w + n * g, x->q + 4 * n * g, sizeof(ActBlock), n);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      acc[t] = S::fma(S::to_float(dots[t]), d.scale[g] * x[t].scale, acc[t]);
+      const float sum = P::groups == 1 ? x[t].sum : g ? x[t].sum_hi : x[t].sum_lo;
+      if constexpr (P::minimums) acc[t] = S::fma(d.shift[g], S::splat(sum), acc[t]);
+    }
   }
-  return acc;
 }
 
 // f(run, step) for every 32 columns of a block; the step within a run is a constant, for its shifts to be constants too.
@@ -62,8 +69,9 @@ void tile(const uint8_t* panel, int64_t blocks, const void* activations, float* 
         prefetch<kBytes>(p + (run * P::steps + step()) * kBytes);
         Decoded<S> d;
         P::template decode<S, step()>(panel, p, run, part, d);
+        constexpr int kAtOnce = kTokens < S::at_once ? kTokens : S::at_once;
 #pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) acc[t] = add_product<S, P>(d, x[t], acc[t]);
+        for (int t = 0; t < kTokens; t += kAtOnce) add_products<S, P, kAtOnce>(d, x + t, acc + t);
         x += kTokens;
       });
     }
@@ -304,7 +312,7 @@ int32_t probe_dot(int64_t rounds) {
   for (int64_t r = 0; r < rounds; ++r) {
     asm volatile("" : : "r"(x) : "memory");  // or products that stay the same are made once
 #pragma GCC unroll 8
-    for (int c = 0; c < kChains; ++c) sums[c] = S::template dot<15>(sums[c], w, x + 32 * c, 8);
+    for (int c = 0; c < kChains; ++c) S::template dot<15, 1>(sums + c, w, x + 32 * c, 0, 8);
   }
   int32_t total = 0;
   for (int c = 0; c < kChains; ++c) total += S::sum(sums[c]);

@@ -71,6 +71,7 @@ struct Simd {
   static CHANDRA_INLINE B field_up(B v, int shift, uint8_t bits) {
     return (v << static_cast<uint16_t>(shift)) & mask(bits);
   }
+  static CHANDRA_INLINE B with_bits(B w, B v, uint8_t bits) { return w | (v & mask(bits)); }
 
   static CHANDRA_INLINE F to_float(I v) { return __builtin_convertvector(v, F); }
   // To the nearest integer, ties to even; for magnitudes below 2^22.
@@ -110,17 +111,23 @@ struct Simd {
     return out;
   }
 
-  // acc + the sums over the 4 bytes of each lane of w[i] * x[4 * i ...], i < n. The w are at most `kTop`.
-  template <int kTop>
-  static CHANDRA_INLINE I dot(I acc, const B* w, const int8_t* x, int n) {
-    for (int i = 0; i < n; ++i) {
-      const I even = splat((x[4 * i] & 0xffff) | x[4 * i + 2] * 0x10000);
-      const I odd = splat((x[4 * i + 1] & 0xffff) | x[4 * i + 3] * 0x10000);
-      const I p = (I)((w[i] & static_cast<uint16_t>(0xff)) * (B)even), q = (I)((w[i] >> static_cast<uint16_t>(8)) * (B)odd);
-      acc += ((I)((U)p << 16u) >> 16) + ((I)((U)q << 16u) >> 16);
-      acc += (p >> 16) + (q >> 16);
+  // Tokens whose products are made together, where there are registers for that: their sums do not wait for each other.
+  static constexpr int at_once = 1;
+
+  // acc[t] += the sums over the 4 bytes of each lane of w[i] * x[t * stride + 4 * i ...], i < n. The w are at most
+  // `kTop`.
+  template <int kTop, int kTokens>
+  static CHANDRA_INLINE void dot(I* acc, const B* w, const int8_t* x, int64_t stride, int n) {
+    for (int t = 0; t < kTokens; ++t, x += stride) {
+      for (int i = 0; i < n; ++i) {
+        const I even = splat((x[4 * i] & 0xffff) | x[4 * i + 2] * 0x10000);
+        const I odd = splat((x[4 * i + 1] & 0xffff) | x[4 * i + 3] * 0x10000);
+        const I p = (I)((w[i] & static_cast<uint16_t>(0xff)) * (B)even);
+        const I q = (I)((w[i] >> static_cast<uint16_t>(8)) * (B)odd);
+        acc[t] += ((I)((U)p << 16u) >> 16) + ((I)((U)q << 16u) >> 16);
+        acc[t] += (p >> 16) + (q >> 16);
+      }
     }
-    return acc;
   }
 
   // Lane i of the result is lane i + kStep of v, counted round.

@@ -11,6 +11,9 @@ namespace {  // Avx2 is another class with AVX-VNNI than without
 #if defined(__AVX512F__)
 
 struct Avx512 : Simd<Avx512, 16> {
+  static CHANDRA_INLINE B with_bits(B w, B v, uint8_t bits) {
+    return (B)_mm512_ternarylogic_epi32((__m512i)w, (__m512i)v, (__m512i)mask(bits), 0xf8);
+  }
   static CHANDRA_INLINE F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
   static CHANDRA_INLINE F min(F a, F b) { return (F)_mm512_min_ps((__m512)a, (__m512)b); }
   static CHANDRA_INLINE F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -30,15 +33,18 @@ struct Avx512 : Simd<Avx512, 16> {
     // vpermps looks at the low four bits of an index only
     return (F)_mm512_permutexvar_ps((__m512i)(v >> static_cast<uint32_t>(shift)), _mm512_loadu_ps(levels));
   }
-  template <int kTop>
-  static CHANDRA_INLINE I dot(I acc, const B* w, const int8_t* x, int n) {
-    __m512i sum = (__m512i)acc;
+  static constexpr int at_once = 8;
+  template <int kTop, int kTokens>
+  static CHANDRA_INLINE void dot(I* acc, const B* w, const int8_t* x, int64_t stride, int n) {
+#pragma GCC unroll 8
     for (int i = 0; i < n; ++i) {
-      int32_t four;
-      std::memcpy(&four, x + 4 * i, 4);
-      sum = _mm512_dpbusd_epi32(sum, (__m512i)w[i], _mm512_set1_epi32(four));
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        int32_t four;
+        std::memcpy(&four, x + t * stride + 4 * i, 4);
+        acc[t] = (I)_mm512_dpbusd_epi32((__m512i)acc[t], (__m512i)w[i], _mm512_set1_epi32(four));
+      }
     }
-    return (I)sum;
   }
 };
 
@@ -73,31 +79,33 @@ struct Avx2 : Simd<Avx2, 8> {
   }
 
 #if defined(__AVXVNNI__)
-  template <int kTop>
-  static CHANDRA_INLINE I dot(I acc, const B* w, const int8_t* x, int n) {
-    __m256i sum = (__m256i)acc;
-    for (int i = 0; i < n; ++i) sum = _mm256_dpbusd_avx_epi32(sum, (__m256i)w[i], four(x + 4 * i));
-    return (I)sum;
+  template <int kTop, int kTokens>
+  static CHANDRA_INLINE void dot(I* acc, const B* w, const int8_t* x, int64_t stride, int n) {
+    for (int t = 0; t < kTokens; ++t, x += stride)
+      for (int i = 0; i < n; ++i)
+        acc[t] = (I)_mm256_dpbusd_avx_epi32((__m256i)acc[t], (__m256i)w[i], four(x + 4 * i));
   }
 #else
   // vpmaddubsw adds pairs in 16 bits: values up to kTop may be added kSafe times before they must become 32 bits. Of
   // values with 8 bits the top one goes apart, since not even one pair of products would fit.
-  template <int kTop>
-  static CHANDRA_INLINE I dot(I acc, const B* w, const int8_t* x, int n) {
+  template <int kTop, int kTokens>
+  static CHANDRA_INLINE void dot(I* acc, const B* w, const int8_t* x, int64_t stride, int n) {
     constexpr int kSafe = 32767 / (2 * 127 * (kTop < 128 ? kTop : 127));
     const __m256i ones = _mm256_set1_epi16(1);
-    __m256i sum = (__m256i)acc, narrow = _mm256_setzero_si256(), tops = _mm256_setzero_si256();
-    for (int i = 0; i < n; ++i) {
-      const __m256i xs = four(x + 4 * i);
-      const __m256i low = (__m256i)(kTop < 128 ? w[i] : field(w[i], 0, 127));
-      if constexpr (kTop >= 128) tops = _mm256_add_epi16(tops, _mm256_maddubs_epi16((__m256i)field(w[i], 7, 1), xs));
-      narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(low, xs));
-      if ((i + 1) % kSafe && i + 1 < n) continue;
-      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(narrow, ones));
-      narrow = _mm256_setzero_si256();
+    for (int t = 0; t < kTokens; ++t, x += stride) {
+      __m256i sum = (__m256i)acc[t], narrow = _mm256_setzero_si256(), tops = _mm256_setzero_si256();
+      for (int i = 0; i < n; ++i) {
+        const __m256i xs = four(x + 4 * i);
+        const __m256i low = (__m256i)(kTop < 128 ? w[i] : field(w[i], 0, 127));
+        if constexpr (kTop >= 128) tops = _mm256_add_epi16(tops, _mm256_maddubs_epi16((__m256i)field(w[i], 7, 1), xs));
+        narrow = _mm256_add_epi16(narrow, _mm256_maddubs_epi16(low, xs));
+        if ((i + 1) % kSafe && i + 1 < n) continue;
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(narrow, ones));
+        narrow = _mm256_setzero_si256();
+      }
+      if constexpr (kTop >= 128) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(tops, _mm256_set1_epi16(128)));
+      acc[t] = (I)sum;
     }
-    if constexpr (kTop >= 128) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(tops, _mm256_set1_epi16(128)));
-    return (I)sum;
   }
 #endif
 

@@ -76,7 +76,8 @@ template <class S>
 CHANDRA_INLINE void fifth_bits(const uint8_t* p, int part, typename S::B* w) {
   const auto v = bytes<S>(p, 0, part);
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) w[i] |= i % 2 ? S::field(v, i / 2, 16) : S::field_up(v, 4 - i / 2, 16);
+  for (int i = 0; i < 8; ++i)
+    w[i] = S::with_bits(w[i], i % 2 ? v >> static_cast<uint16_t>(i / 2) : v << static_cast<uint16_t>(4 - i / 2), 16);
 }
 // A field of 8 vectors, shifted up into place.
 template <class S>
@@ -202,7 +203,7 @@ struct Q5_K : Quantized<256, 16 * (4 + 16 + 128 + 32), 31, -1, true, 2> {
     Q4_K::decode<S, step>(header, p, run, part, out);
     for (int i = 0; i < 8; ++i) {
       const auto v = bytes<S>(p + Q4_K::size.bytes, i, part) >> static_cast<uint16_t>(2 * run);
-      out.w[i] |= S::field_up(v, 4 - step, 16);
+      out.w[i] = S::with_bits(out.w[i], v << static_cast<uint16_t>(4 - step), 16);
     }
   }
 };
@@ -215,7 +216,8 @@ struct Q6_K : Quantized<256, 16 * (2 + 16 + 192), 63, 5, false, 4, 2> {
     fields<S>(low + 512 * (step % 2), part, 4 * (step / 2), 15, out.w);
     for (int i = 0; i < 8; ++i) {
       const auto v = bytes<S>(low + 1024, i, part);
-      out.w[i] |= step < 3 ? S::field_up(v, 4 - 2 * step, 0x30) : S::field(v, 2, 0x30);
+      const auto moved = step < 3 ? v << static_cast<uint16_t>(4 - 2 * step % 6) : v >> static_cast<uint16_t>(2);
+      out.w[i] = S::with_bits(out.w[i], moved, 0x30);
     }
   }
 };
@@ -239,7 +241,8 @@ struct Q3_K : Quantized<256, 16 * (2 + 16 + 64 + 32), 7, 2, false, 4, 2> {
     fields<S>(p + 288 + 512 * run, part, 2 * step, 3, out.w);
     for (int i = 0; i < 8; ++i) {
       const auto v = bytes<S>(p + 288 + 1024, i, part) >> static_cast<uint16_t>(4 * run);
-      out.w[i] |= step < 3 ? S::field_up(v, 2 - step, 4) : S::field(v, 1, 4);
+      const auto moved = step < 3 ? v << static_cast<uint16_t>(2 - step % 3) : v >> static_cast<uint16_t>(1);
+      out.w[i] = S::with_bits(out.w[i], moved, 4);
     }
   }
 };
