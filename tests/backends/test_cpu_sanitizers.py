@@ -20,7 +20,8 @@ ROOT = HERE.parents[1]
 CSRC = ROOT / "src" / "chandra" / "backends" / "cpu" / "csrc"  # an installed package has none
 STRESS = HERE / "linear_stress.cpp"
 STRESSED = ("activations", "isa", "linear", "linear_kernels", "pack", "pool", "slab", "weight")
-TESTS = ("test_cpu_linear.py", "test_cpu_linear_ops.py", "test_cpu_attention.py", "test_bound_weights.py")
+KERNELS = ("test_cpu_linear.py", "test_cpu_linear_ops.py", "test_cpu_attention.py", "test_bound_weights.py")
+TESTS = (*KERNELS, "../text/test_vocabulary.py")
 RUNTIMES = {"thread": ("libtsan.so",), "address,undefined": ("libasan.so", "libstdc++.so.6")}
 OPTIONS = {
     # Python itself is not instrumented: what happens there is no race of ours, and its leaks are none of ours

@@ -39,6 +39,19 @@ def test_a_text_that_ends_early_is_refused(text: bytes) -> None:
         _cpu.Strings(text, 1)
 
 
+@pytest.mark.parametrize("byte", [0, 1, 0xFF])
+def test_a_text_that_is_overwritten_is_never_left(byte: int) -> None:
+    strings = [bytes([i]) * i for i in range(200)]
+    text = bytearray(b"".join(len(string).to_bytes(8, "little") + string for string in strings))
+    table = _cpu.Strings(memoryview(text), len(strings))
+    assert table.find(strings[7]) == 7
+    text[:] = bytes([byte]) * len(text)
+    for index, string in enumerate(strings):
+        assert len(table[index]) <= len(text)
+        table.find(string)
+    table.holding(b"a")
+
+
 def test_positions_outside_are_no_strings() -> None:
     table = indexed(["a"])
     for index in (-1, 1):

@@ -29,7 +29,7 @@ uint64_t hash_of(std::string_view s) {
 
 }  // namespace
 
-Strings::Strings(const char* text, size_t size, int64_t count) : text_(text), count_(count) {
+Strings::Strings(const char* text, size_t size, int64_t count) : text_(text), size_(size), count_(count) {
   if (count < 0 || count >= std::numeric_limits<int32_t>::max()) throw std::invalid_argument("too many strings");
   bits_ = std::bit_width(static_cast<uint64_t>(count));
   table_.resize(static_cast<size_t>(count + count / 2 + 1));
@@ -50,7 +50,9 @@ Strings::Strings(const char* text, size_t size, int64_t count) : text_(text), co
 }
 
 std::string_view Strings::next(size_t& place) const {
-  const std::string_view string(text_ + place + 8, load(text_ + place, 8));
+  const size_t left = size_ - place;  // a mapped file may have been written to since the lengths were checked
+  if (left < 8) return {};
+  const std::string_view string(text_ + place + 8, std::min<size_t>(load(text_ + place, 8), left - 8));
   place += 8 + string.size();
   return string;
 }

@@ -9,8 +9,9 @@
 namespace chandra {
 
 // A text of strings one after another, each after its length in 8 bytes, as GGUF files have them. The text is the
-// caller's and must stay. 6.5 bytes for each string are kept: a table with open addressing whose entries hold a position
-// and in the bits that are left some of the hash, and where every 16th string begins.
+// caller's and must stay; if it changes, what is found is wrong, but lies in it. 6.5 bytes for each string are kept: a
+// table with open addressing whose entries hold a position and in the bits that are left some of the hash, and where
+// every 16th string begins.
 class Strings {
  public:
   // Throws std::invalid_argument if there are not so many in the text.
@@ -28,6 +29,7 @@ class Strings {
   std::string_view next(size_t& place) const;
 
   const char* text_;
+  size_t size_;
   int64_t count_;
   int bits_;  // of a position + 1
   std::vector<uint32_t> table_;  // 0: empty
