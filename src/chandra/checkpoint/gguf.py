@@ -8,12 +8,10 @@ from __future__ import annotations
 import math
 import re
 import struct
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -51,35 +49,23 @@ _UNSUPPORTED: dict[int, tuple[str, int, int]] = {
 }
 
 
-class StringArray(Sequence[str]):
-    """The strings of an array, read when asked for: a list of 262,144 tokens would take 20 MB.
+class StringArray(Collection[str]):
+    """The strings of an array, read when they are asked for: a list of 262,144 tokens would take 20 MB.
 
-    `data` has each after its length in 8 bytes; `places`: where every STRIDE-th begins. Bytes that are not UTF-8 are
-    carried as surrogate escapes (PEP 383).
+    `data` has each after its length in 8 bytes. Bytes that are not UTF-8 are carried as surrogate escapes (PEP 383).
     """
 
-    STRIDE = 64
-
-    def __init__(self, data: memoryview, places: array[int], count: int) -> None:
-        self.data, self._places, self._count = data, places, count
+    def __init__(self, data: memoryview, count: int) -> None:
+        self.data, self._count = data, count
 
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(self._count)[index]]
-        block, skipped = divmod(range(self._count)[index], self.STRIDE)
-        return next(islice(self._from(self._places[block]), skipped, None))
+    def __contains__(self, string: object) -> bool:
+        return any(string == each for each in self)
 
     def __iter__(self) -> Iterator[str]:
-        return self._from(0)
-
-    def _from(self, at: int) -> Iterator[str]:
+        at = 0
         while at < len(self.data):
             start = at + 8
             at = start + int.from_bytes(self.data[at:start], "little")
@@ -143,15 +129,12 @@ class _Cursor:
         return items != 0 if kind == _BOOL else items
 
     def strings(self, count: int, what: str) -> StringArray:
-        start = self.at
+        start = at = self.at
         self.take(8 * count, what)  # the lengths alone
-        data, unpack, places = self.data, struct.Struct("<Q").unpack_from, array("Q")
-        at, whole = start, False
+        data, unpack, whole = self.data, struct.Struct("<Q").unpack_from, False
         with suppress(struct.error, OverflowError):  # of the last string, if the data ends within its length
-            for first in range(0, count, StringArray.STRIDE):
-                places.append(at - start)
-                for _ in range(min(StringArray.STRIDE, count - first)):  # many: the checks come after
-                    at += 8 + unpack(data, at)[0]
+            for _ in range(count):  # many: the checks come after
+                at += 8 + unpack(data, at)[0]
             whole = True
         self.at = start
         if not whole or at > len(data) or at - start > MAX_STRING:
@@ -160,7 +143,7 @@ class _Cursor:
         if at - start > MAX_TEXT:
             raise damaged(self.file, f"{what} has {at - start} bytes; {MAX_TEXT} are allowed")
         self.at = at
-        return StringArray(data[start:at], places, count)
+        return StringArray(data[start:at], count)
 
 
 def read_header(data: bytes | memoryview, size: int, file: str = "GGUF header") -> Header:
