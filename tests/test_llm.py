@@ -55,6 +55,29 @@ def test_a_dropped_stream_ends_its_request(llm: LLM) -> None:
     llm.engine.blocks.check_integrity()
 
 
+def test_streams_and_threads_take_turns(llm: LLM) -> None:
+    prompts = ["The sea is", "Once upon a time", "One, two, three,", "The sun"]
+    wanted = [llm.generate(prompt, GREEDY)[0].outputs[0].token_ids for prompt in prompts]
+    stream = llm.stream(prompts[0], GREEDY)
+    first = next(stream)
+    assert llm.generate(prompts[1], GREEDY)[0].outputs[0].token_ids == wanted[1]  # while the stream stands still
+    assert [*first.token_ids, *(token for chunk in stream for token in chunk.token_ids)] == wanted[0]
+    found: dict[str, list[int]] = {}
+
+    def ask(prompt: str) -> None:
+        for _ in range(3):
+            found[prompt] = llm.generate(prompt, GREEDY)[0].outputs[0].token_ids
+
+    threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [found[prompt] for prompt in prompts] == wanted
+    assert not llm.engine.has_work()
+    assert not llm._inboxes
+
+
 def test_several_answers_to_one_prompt(llm: LLM) -> None:
     params = SamplingParams(n=3, seed=3, max_tokens=16, logprobs=1)
     first, second = (llm.generate("Once upon a time", params)[0] for _ in range(2))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +115,7 @@ class LLM:
     disk, budget, ctx, parallel, objective, kv_type, layers, quant, reserve. `progress` is called with (phase, done,
     total). Raises the errors of `errors.py`: ModelNotFound, DoesNotFit, CheckpointError, …
 
-    One thread at a time computes; several may call.
+    Several threads may call: what they ask for is computed together, by one of them at a time.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class LLM:
             raise RequestError(f"LLM: {error}", f"options: {known}") from error
         self._runtime: Runtime = load(model, request, Settings.from_env(), progress)
         self.load_seconds = time.monotonic() - started
-        self._lock = threading.Lock()
+        self._inboxes: dict[int, deque[Output]] = {}  # by sequence: what is new for whoever asked for it
 
     @property
     def plan(self) -> Plan:
@@ -207,8 +207,7 @@ class LLM:
             ids, continues = self.tokenizer.encode_chat(self.render(prompt)), False  # type: ignore[arg-type]
         else:
             ids, continues = self._ids(prompt), True  # type: ignore[arg-type]
-        with self._lock:
-            yield from self._stream(ids, params, continues)
+        yield from self._stream(ids, params, continues)
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt text of a conversation. Raises TemplateError."""
@@ -239,17 +238,16 @@ class LLM:
         if len(sampling_params) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts with {len(sampling_params)} sampling_params")
         results = [RequestOutput(text, ids, []) for text, ids in zip(texts, prompts, strict=True)]
-        with self._lock:
-            started = time.monotonic()
-            answers = self._begin(prompts, sampling_params, continues)
-            for number, answer in answers.values():
-                results[number].outputs.append(answer.output)
-            for number, output, news, _ in self._serve(answers):
-                result = results[number]
-                if news.prompt_logprobs is not None:
-                    result.prompt_logprobs = list(news.prompt_logprobs)
-                if result.stats is None or output.finish_reason is not None:
-                    result.stats = self._progress(result, started)
+        started = time.monotonic()
+        answers = self._begin(prompts, sampling_params, continues)
+        for number, answer in answers.values():
+            results[number].outputs.append(answer.output)
+        for number, output, news, _ in self._serve(answers):
+            result = results[number]
+            if news.prompt_logprobs is not None:
+                result.prompt_logprobs = list(news.prompt_logprobs)
+            if result.stats is None or output.finish_reason is not None:
+                result.stats = self._progress(result, started)
         errors = [output.error for result in results for output in result.outputs]
         if errors and errors[0] is not None and all(errors):
             raise errors[0]
@@ -265,30 +263,40 @@ class LLM:
             except RequestError as error:
                 which = f"prompt {number}: " if len(prompts) > 1 else ""
                 raise type(error)(which + error.message, error.hint) from None
-        answers = {}
-        for number, (ids, params) in enumerate(zip(prompts, sampling_params, strict=True)):
-            with self._runtime.lock:
-                added = self.engine.add(ids, params)
-            for index, seq_id in enumerate(added):
-                answers[seq_id] = number, _Answer(self.tokenizer, params, CompletionOutput(index), continues)
+        answers, inbox = {}, deque[Output]()
+        with self._runtime.lock:
+            for number, (ids, params) in enumerate(zip(prompts, sampling_params, strict=True)):
+                for index, seq_id in enumerate(self.engine.add(ids, params)):
+                    answers[seq_id] = number, _Answer(self.tokenizer, params, CompletionOutput(index), continues)
+                    self._inboxes[seq_id] = inbox
         return answers
 
     def _serve(self, answers: dict[int, tuple[int, _Answer]]) -> Iterator[tuple[int, CompletionOutput, Output, str]]:
-        """Compute until all are answered: the prompt's number, the answer so far, what is new and its text."""
+        """Compute until all are answered: the prompt's number, the answer so far, what is new and its text. What that
+        computes of others' answers goes to those who wait for them."""
+        sequences, lock = list(answers), self._runtime.lock
         try:
             while answers:
-                for news in self._runtime.step():
+                inbox = self._inboxes[sequences[0]]
+                with lock:
+                    for news in () if inbox else self._runtime.step():
+                        self._inboxes.get(news.seq_id, inbox).append(news)
+                while inbox:
+                    news = inbox.popleft()
+                    if news.seq_id not in answers:  # a stop string has cut it
+                        continue
                     number, answer = answers[news.seq_id]
                     text = answer.take(news)
                     if answer.output.finish_reason is not None:
                         del answers[news.seq_id]
-                        with self._runtime.lock:
-                            self.engine.finish(news.seq_id)  # a stop string may have cut it
+                        with lock:
+                            self.engine.finish(news.seq_id)
                     yield number, answer.output, news, text
         finally:
-            with self._runtime.lock:
-                for seq_id in answers:
+            with lock:
+                for seq_id in sequences:
                     self.engine.abort(seq_id)
+                    del self._inboxes[seq_id]
 
     def _progress(self, result: RequestOutput, started: float) -> Stats:
         """The first call notes when the first token came; later ones how long it went on."""

@@ -6,7 +6,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -244,11 +244,8 @@ def _watch(runtime: weakref.ref[Runtime], closed: Event) -> None:
     while not closed.wait(IDLE_PERIOD) and (watched := runtime()) is not None:
         if watched.lock.acquire(blocking=False):  # else a step is computed, which polls as well
             try:
-                watched.poll()
-            except ChandraError as error:
-                import logging  # here: it is rarely needed
-
-                logging.getLogger("chandra").error("%s", error)
+                with suppress(ChandraError):  # which the next step raises again
+                    watched.poll()
             finally:
                 watched.lock.release()
         del watched

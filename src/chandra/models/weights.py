@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import itemgetter
 
 import numpy as np
@@ -34,14 +35,8 @@ class Backends:
 
     def distinct(self) -> list[Backend]:
         """Every backend once, in the order the hidden state visits them."""
-        return list({id(b): b for b in self._path()}.values())
-
-    def _path(self) -> Iterator[Backend]:
-        yield self.embedding
-        for index, backend in enumerate(self.layers):
-            yield backend
-            yield self.experts.get(index, backend)
-        yield self.head
+        layers = [(layer, self.experts.get(index, layer)) for index, layer in enumerate(self.layers)]
+        return list({id(b): b for b in (self.embedding, *chain.from_iterable(layers), self.head)}.values())
 
 
 class Weights:
