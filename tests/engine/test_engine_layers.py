@@ -88,3 +88,21 @@ def test_caps_that_change_at_random_move_layers_and_change_no_text(backend: str,
     model.decoder.close()
     assert not reserved(model)
     assert all(b.arena.used < 1000 for b in model.places if hasattr(b, "arena"))  # what attentions are known by
+
+
+def test_layers_that_moved_twice_come_back_all_the_way() -> None:
+    model = Tiny("llama", "virtual", max_rows=64, layers=6)
+    engine = model.engine(seqs=8, chunk=64)
+    pressure = Pressure(engine, model.decoder, model.ledger, 0, lambda: 1 << 40, patience=0)
+    before, mover = reserved(model), model.decoder.mover
+    layer = mover.needed(mover.places)["virtual:0", Kind.WEIGHTS] // 6
+    model.ledger.set_cap("cpu", of_device(model, "cpu") + 4 * layer)
+    pressure.relieve("virtual:0", before["virtual:0", Kind.KV] + 2 * layer)
+    assert "stream" not in mover.places.values()
+    assert len(pressure._moved["virtual:0"]) > 6  # to the host, until more was needed than that had room for
+    model.ledger.set_cap("cpu", of_device(model, "cpu"))  # no way back through host memory
+    for _ in range(40):
+        pressure._next = 0.0
+        pressure.poll()
+    assert not pressure.reduced
+    assert reserved(model) == before

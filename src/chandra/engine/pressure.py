@@ -293,7 +293,7 @@ class Pressure:
         for device, moved in self._moved.items():
             best, least = dict[int, Placement](), 0
             for count in range(1, len(moved) + 1):
-                places = dict(moved[-count:])
+                places = dict(reversed(moved[-count:]))  # a layer may have moved twice
                 change = self._change(places)
                 if best and change[device] > least:  # the last ones give the slots back, and cost no more than one
                     break
