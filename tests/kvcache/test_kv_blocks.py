@@ -66,6 +66,21 @@ def test_append_takes_nothing_when_one_group_is_short() -> None:
     manager.check_integrity()
 
 
+@pytest.mark.parametrize("chunk", [8, 16, 32])
+def test_sequences_after_one_another_never_run_out_of_what_is_planned(chunk: int) -> None:
+    """One that has had its chunk may hold more than its window for as long as it needs no new block."""
+    context, sequences = 64, 4
+    counts = [group.max_blocks(context, chunk, SIZE, sequences) for group in (FULL, WINDOW)]
+    manager = BlockManager([FULL, WINDOW], counts, SIZE, context // SIZE)
+    for seq_id in range(sequences):
+        ids = np.arange(context, dtype=np.int32) + 1000 * seq_id
+        manager.allocate(seq_id, ids)
+        for end in range(chunk, context + 1, chunk):
+            assert manager.append(seq_id, end)
+            manager.commit(seq_id, ids, end)
+            manager.check_integrity()
+
+
 def test_window_groups_hold_only_the_window_and_a_chunk() -> None:
     manager = BlockManager([FULL, WINDOW], [100, 3], SIZE, 100)
     ids = np.arange(400, dtype=np.int32)

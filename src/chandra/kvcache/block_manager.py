@@ -98,6 +98,9 @@ class BlockManager:
         self._leave_window(table)
         missing = wanted - table.num_blocks
         if any(allocator.available < missing for allocator in self.allocators):
+            for other in self.tables.values():  # those that have long had room for their next token
+                self._leave_window(other)
+        if any(allocator.available < missing for allocator in self.allocators):
             return False
         for group, (allocator, row) in enumerate(zip(self.allocators, table.rows, strict=True)):
             row[table.num_blocks : wanted] = taken = [allocator.take() for _ in range(missing)]
