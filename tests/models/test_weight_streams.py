@@ -150,7 +150,11 @@ def test_experts_apart_give_the_same_bits(placement: str) -> None:
     spec, source = model(MOE, 3)
     plain = Run(spec, source, {}, away=False)
     apart = Run(spec, source, {f"layers.{i}.experts": placement for i in range(3)}, away=True, experts=True)
-    assert np.array_equal(plain.logits(), apart.logits())
+    expected = plain.logits()
+    assert np.array_equal(apart.logits(), expected)
+    for other in ("disk", "resident", placement):
+        apart.decoder.move(dict.fromkeys((0, 2), other))
+        assert np.array_equal(apart.logits(), expected)
     experts = sum(w.nbytes for name, w in source.weights.items() if "_exps" in name)
     assert apart.reserved("virtual:0", Kind.WEIGHTS) + experts <= sum(w.nbytes for w in source.weights.values())
     assert apart.reserved("virtual:0", Kind.STAGING) == 0
@@ -226,7 +230,8 @@ def check_reserved(run: Run) -> None:
 def test_layers_move_anywhere_and_give_the_same_bits(config: dict[str, Any], away: bool, seed: int) -> None:
     rng = random.Random(seed)
     spec, source = model(config, 6)
-    run = Run(spec, source, {"layers.1": "stream", "layers.4": "disk"} if away and seed else {}, away)
+    placed = {"layers.1": "stream" if away else "disk", "layers.4": "disk"} if seed else {}
+    run, plain = Run(spec, source, placed, away), Run(spec, source, {}, away)
     expected, before, rows = run.logits(1), dict(run.decoder.mover.places), run.ledger.rows()
     for _ in range(5):
         wanted = {i: rng.choice(["resident", "stream", "disk"][:: 1 if away else 2]) for i in rng.sample(range(6), 4)}
@@ -234,6 +239,10 @@ def test_layers_move_anywhere_and_give_the_same_bits(config: dict[str, Any], awa
         assert run.decoder.mover.places.items() >= wanted.items()
         check_reserved(run)
         assert np.array_equal(run.logits(1), expected)
+    run.decoder.move(dict.fromkeys(range(6), "resident"))
+    assert [r.reserved for r in run.ledger.rows() if r.reserved] == [
+        r.reserved for r in plain.ledger.rows() if r.reserved
+    ]
     run.decoder.move(before)
     assert {(r.device, r.kind): r.reserved for r in run.ledger.rows() if r.reserved} == {
         (r.device, r.kind): r.reserved for r in rows if r.reserved

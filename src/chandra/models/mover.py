@@ -40,7 +40,7 @@ class LayerImage:
 
     def add(self, source: Source, form: Format) -> None:
         start = self.nbytes
-        self.nbytes += self.backend.weight_nbytes(form, source.tensor.shape) if self.away else 0
+        self.nbytes += self.backend.weight_nbytes(form, source.tensor.shape)
         self.stored += form.nbytes(source.tensor.shape)
         self.places[source.tensor.name] = source, form, slice(start, self.nbytes)
 
@@ -75,10 +75,6 @@ class Mover:
 
     def start(self) -> None:
         """Make the layers of what has been loaded. Raises BudgetExceeded."""
-        for image in self._images.values():
-            if not image.away:
-                loaded = [self.weights.builder.loaded.get(name) for name in image.places]
-                image.nbytes = sum(weight.nbytes for weight in loaded if weight is not None)
         for (device, kind), nbytes in self.needed(self.places).items():
             if kind is Kind.STAGING:
                 self.weights.reserve(device, kind, nbytes)
