@@ -69,14 +69,6 @@ class Tokenizer(ABC):
         self.space_prefix = space_prefix
 
     @property
-    def add_bos(self) -> bool:
-        return bool(self._opening)
-
-    @property
-    def add_eos(self) -> bool:
-        return bool(self._closing)
-
-    @property
     @abstractmethod
     def vocab_size(self) -> int: ...
 
@@ -116,15 +108,12 @@ class Tokenizer(ABC):
         """The UTF-8 bytes the token adds to the text; a control token gives its name, an id without a
         token (a padding row of the embedding) nothing. May end within a character."""
 
-    def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = True, continues: bool = False) -> bytes:
-        """The bytes of a text. `continues`: it continues another one, so a leading space stays."""
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True, continues: bool = False) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. `continues`: it continues another text, so a
+        leading space stays."""
         kept = (id for id in ids if not (skip_special and self.is_special(id)))
         data = b"".join(map(self.token_bytes, kept))
-        return data[1:] if self.space_prefix and not continues and data[:1] == b" " else data
-
-    def decode(self, ids: Iterable[int], *, skip_special: bool = True, continues: bool = False) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids, skip_special=skip_special, continues=continues).decode("utf-8", "replace")
+        return (data.removeprefix(b" ") if self.space_prefix and not continues else data).decode("utf-8", "replace")
 
     def check_rows(self, rows: int) -> None:
         """TokenizerError when the embedding has fewer rows than there are tokens (more is padding)."""
@@ -158,7 +147,7 @@ class PieceTokenizer(Tokenizer):
         strip_after_special: bool = False,
     ) -> None:
         named = [
-            (vocab[id], id, types[id]) for id in np.flatnonzero(np.isin(types, _WRITTEN)).tolist() if vocab.raw(id)
+            (token, id, types[id]) for id in np.flatnonzero(np.isin(types, _WRITTEN)).tolist() if (token := vocab[id])
         ]
         control = WrittenTokens((token, id) for token, id, kind in named if kind != USER_DEFINED)
         super().__init__(special, control, chat_template, space_prefix)

@@ -27,7 +27,6 @@ class Vocabulary:
 
     def __init__(self, tokens: Iterable[str | bytes]) -> None:
         self._tokens = indexed(tokens)
-        self.raw = self._tokens.__getitem__
         self.holding = self._tokens.holding
 
     def __len__(self) -> int:
