@@ -14,7 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chandra.memory.device import Device
+from chandra.memory.ledger import Kind, Ledger
+from chandra.memory.plan import Plan
+from chandra.planner import ASSUMED_HOST, Constraints, observe, plan, plannable_config
 from chandra.planner.actuals import FILE, GROWTH, ODD, RECENT, SPAN, Actual, Actuals
+from chandra.store import load_catalog, parse_name
 
 MIB = 1 << 20
 sizes = st.integers(0, 1 << 32)
@@ -55,6 +59,27 @@ def test_what_a_process_grows_by_is_only_raised() -> None:
         actuals = Actuals({"growth cpu": Actual("", 1, (seen,))})
         assert actuals.process([host], MIB, 0) == MIB + max(seen, GROWTH["cpu"])
     assert actuals.process([gpu, host], MIB, 0) > MIB + GROWTH["cuda"]  # not a process of that kind
+
+
+def test_the_context_of_a_gpu_is_noted_as_the_ledger_has_it(tmp_path: Path) -> None:
+    gpus = [Device("cuda:0", "cuda", 1 << 40), Device("cuda:0/1", "cuda", 1 << 40)]
+    (tmp_path / FILE).write_text("{}")
+    ledger, end = Ledger([*gpus, Device("cpu", "cpu", 1 << 40)]), observe(tmp_path, 100)
+    context = ledger.reserve("cuda:0", Kind.RUNTIME, 400 * MIB)
+    ledger.reserve("cuda:0/1", Kind.RUNTIME, 0)
+    context.resize(300 * MIB)  # measured
+    made = plan_of(gpus)
+    for _ in range(2):
+        end(made, ledger)
+    assert Actuals.read(tmp_path)["context cuda:0"].seen == (300 * MIB,) * 2
+    assert 300 * MIB < Actuals.read(tmp_path).of("context cuda:0", 400 * MIB) < 360 * MIB
+    assert "context cuda:0/1" not in Actuals.read(tmp_path)
+
+
+def plan_of(gpus: list[Device]) -> Plan:
+    devices = [*gpus, Device("cpu", "cpu", 1 << 40)]
+    model = plannable_config("gemma:2b", load_catalog().find(parse_name("gemma:2b")).config, "Q8_0")  # type: ignore[union-attr]
+    return plan(model, devices, ASSUMED_HOST, Constraints())
 
 
 RUN = """

@@ -111,8 +111,8 @@ def observe(home: Path, vocab_size: int) -> Callable[[Plan, Ledger], None]:
 
     def end(plan: Plan, ledger: Ledger) -> None:
         trim_heap()
-        rows = [row for row in ledger.rows() if row.kind is Kind.RUNTIME]
-        values = {f"context {row.device}": row.peak for row in rows if plan.device(row.device).kind == "cuda"}
+        rows = [row for row in ledger.rows() if row.kind is Kind.RUNTIME and "/" not in row.device]
+        values = {f"context {row.device}": row.reserved for row in rows if plan.device(row.device).kind == "cuda"}
         if alone and run == _observed and not plan.convert:
             more = EACH * (len(plan.devices) - 1) + scratch_held()
             values |= {
