@@ -133,11 +133,11 @@ def _predictions(found: Found, parts: Sequence[Part], layers: Sequence[Part], gr
     need[HOST, Kind.STAGING] = repacking(parts) + packing(p.device for p in parts) + candidate.outer_staging()
     for part in parts:
         mapped = part.name == "embedding" and part.placement == "host" and candidate.sizes.mapped
-        kept = candidate.small(part) if part.placement in ("stream", "disk") else part.nbytes
+        kept = candidate.parted(part)[1] if part.placement in ("stream", "disk") else part.nbytes
         need[part.device, Kind.PAGE_CACHE if mapped else Kind.WEIGHTS] += kept
         if part.placement == "stream":
             need[HOST, Kind.WEIGHTS] += part.nbytes - kept
-    for where, nbytes in _staging(candidate, parts).items():
+    for where, nbytes in _staging(candidate, parts):
         need[where, Kind.STAGING] += nbytes
     for part, nbytes in zip(layers, candidate.kv_need, strict=True):
         need[part.device, Kind.KV] += int(nbytes)
@@ -151,26 +151,18 @@ def _predictions(found: Found, parts: Sequence[Part], layers: Sequence[Part], gr
     return tuple(Prediction(d, k, n) for (d, k), n in sorted(need.items()) if n)
 
 
-def _staging(candidate: Candidate, parts: Sequence[Part]) -> dict[str, int]:
-    """Bytes of each device for what is brought to it for each step."""
+def _staging(candidate: Candidate, parts: Sequence[Part]) -> Iterator[tuple[str, int]]:
+    """Bytes of devices for what is brought to them for each step."""
     brought: dict[tuple[str, str], list[int]] = defaultdict(list)
     for part in parts:
-        _, _, index = part.name.partition("layers.")
-        if index and part.placement in ("stream", "disk"):
-            number, _, experts = index.partition(".")
-            pieces = candidate.sizes.packed if part.device == HOST else candidate.pieces(part.device)
-            sizes = pieces.streamed_experts if experts else pieces.streamed
-            brought[part.placement, part.device].append(int(sizes[int(number)]))
-    need: dict[str, int] = defaultdict(int)
-    for (placement, device), nbytes in brought.items():
+        if part.placement in ("stream", "disk"):
+            brought[part.placement, part.device].append(candidate.parted(part)[0])
+    for (placement, device), sizes in brought.items():
         if device == HOST:
-            need[HOST] += min(SLOTS, len(nbytes)) * max(nbytes)
-        elif placement == "stream":
-            need[device] += SLOTS * max(nbytes)
+            yield HOST, min(SLOTS, sum(map(bool, sizes))) * max(sizes)
         else:
-            need[device] += max(nbytes)
-            need[HOST] += SLOTS * max(nbytes)
-    return need
+            yield device, (SLOTS if placement == "stream" else 1) * max(sizes)
+            yield HOST, 0 if placement == "stream" else SLOTS * max(sizes)
 
 
 def _graphs(predictions: Sequence[Prediction], devices: Sequence[Device], reserve: int) -> tuple[Prediction, ...]:

@@ -333,13 +333,19 @@ class Candidate:
         rows = np.array([[min(self.chunk, self.workload.prompt)], [self.workload.parallel]])
         return np.array(self.steps) @ np.broadcast_to(self.brought(device, rows, experts), (2, self.num_layers))
 
-    def small(self, part: Part) -> int:
-        """Bytes of a part that is streamed or on disk that lie where it is computed nevertheless."""
+    def parted(self, part: Part) -> tuple[int, int]:
+        """Bytes of a part that is streamed or on disk: those that are brought for each step, but for embedding and
+        head, and those that lie where it is computed nevertheless."""
         pieces = self.pieces(part.device)
         if part.name in ("embedding", "head"):
-            return pieces.small_head if part.name == "head" else 0
+            return 0, pieces.small_head if part.name == "head" else 0
         _, index, *experts = part.name.split(".")
-        return int((pieces.small_experts if experts else pieces.small)[int(index)])
+        held = self.sizes.packed if part.device == HOST else pieces
+        brought, small = (
+            held.streamed_experts if experts else held.streamed,
+            pieces.small_experts if experts else pieces.small,
+        )
+        return int(brought[int(index)]), int(small[int(index)])
 
 
 def _largest(sizes: Floats) -> Floats:
