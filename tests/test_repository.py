@@ -70,6 +70,7 @@ PAID_BY = {
     ("kvcache/block_manager.py", "swap_in"): "workspace: kvcache.index_bytes",
     ("kvcache/block_manager.py", "swap_out"): "workspace: kvcache.index_bytes",
     ("kvcache/view.py", "__init__"): "workspace: kvcache.index_bytes",
+    ("models/decoder.py", "_rehearse"): "workspace: kvcache.index_bytes",
     ("models/decoder.py", "forward"): "nothing: it has no rows",
     ("models/transforms.py", "convert"): "loading: models.transforms.loading_bytes",
     ("store/download.py", "read_page"): "nothing: a page of a source, before there is a model",

@@ -273,6 +273,8 @@ def assemble(
     pool = _make_pool(spec, made, backends, ledger)
     resources.callback(pool.close)
     swap = _make_swap(pool, made, backends, ledger, resources)
+    told = partial(progress, "compiling kernels") if progress else lambda done, total: None  # noqa: ARG005
+    decoder.rehearse(pool.layer, -(-made.workload.context // made.block_size), told)
     _count_contexts(made, backends, contexts)
     config = EngineConfig(made.workload.context, made.max_num_seqs, made.chunk, made.max_logit_rows)
     return backends, decoder, pool, Engine(decoder, pool, config, spec.vocab_size, eos_ids, swap)

@@ -9,6 +9,8 @@ from typing import TextIO
 
 from chandra.memory.device import format_size
 
+COUNTS = 10_000  # what is less in all is not bytes
+
 
 class ProgressLine:
     """Call it with (phase, done, total) in bytes; it redraws at most ten times a second.
@@ -52,6 +54,8 @@ class ProgressLine:
 def describe(phase: str, done: int, total: int, moved: int, seconds: float) -> str:
     """`pulling x  45 %  44.1 MiB of 98.0 MiB  12.3 MiB/s  4 s left`; what is not known is left out."""
     words = [phase]
+    if 0 < total < COUNTS:
+        return f"{phase}  {done} of {total}"
     if total > 0:
         words += [f"{100 * done // total:3d} %", f"{format_size(done)} of {format_size(total)}"]
     elif done > 0:

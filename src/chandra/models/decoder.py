@@ -20,7 +20,7 @@ from chandra.models.pipeline import MicroBatch, split, wavefront
 from chandra.models.spec import ModelSpec
 from chandra.models.weight_stream import MappedHead, Stream
 from chandra.models.weights import Backends
-from chandra.ops.contracts import Array, Backend, ForwardBatch, KVView, Linear, Norm, Weight
+from chandra.ops.contracts import Array, Backend, ForwardBatch, KVLayer, KVTables, KVView, Linear, Norm, Weight
 
 FLOAT = 4  # bytes of an activation
 Hidden: TypeAlias = np.ndarray[Any, Any]  # the state between layers, (n, hidden_size), on the host
@@ -74,6 +74,16 @@ class Segment:
     embeds: bool = False
     scores: bool = False
     streamed: bool = False
+
+
+class _Rehearsed(NamedTuple):
+    """A view of the cache for steps that are not computed."""
+
+    layer: Callable[[int], KVLayer]
+    every: KVTables
+
+    def tables(self, index: int) -> KVTables:  # noqa: ARG002
+        return self.every
 
 
 class Decoder:
@@ -160,6 +170,25 @@ class Decoder:
         if not logit_rows:
             return np.empty((0, self.spec.vocab_size), np.float32)
         return self.backends.head.download(self._logits(logit_rows))
+
+    def rehearse(self, cache: Callable[[int], KVLayer], blocks: int, told: Callable[[int, int], None]) -> None:
+        """Let the devices get ready for steps of all sizes, without computing them. `cache`: the keys and values of a
+        layer; `blocks`: of the longest sequence; `told`: see `Backend.rehearse`."""
+        for backend in self.backends.distinct():
+            mine = [segment for segment in self._cut() if segment.backend is backend]
+            pieces = {piece.layer.kind: piece._replace(stream=None) for segment in mine for piece in segment.pieces}
+            ends = any(segment.embeds for segment in mine), any(segment.scores for segment in mine)
+            segment = Segment(backend, list(pieces.values()), *ends)
+            backend.rehearse(partial(self._rehearse, segment, cache, blocks), told)
+
+    def _rehearse(self, segment: Segment, cache: Callable[[int], KVLayer], blocks: int) -> None:
+        """Steps of 1, 2, 4, … rows: decodes, as far as there may be so many, then prefills."""
+        for n in (*(1 << i for i in range((self.max_rows - 1).bit_length())), self.max_rows):
+            starts = np.arange(n + 1, dtype=np.int32) if n <= self.max_logit_rows else np.array([0, n], np.int32)
+            none, ends = np.zeros(n, np.int32), starts[1:]
+            batch = ForwardBatch(none, none, starts, np.diff(starts), ends - 1)
+            tables = KVTables(np.zeros((len(ends), blocks), np.int32), none)
+            self._run(segment, self._workspaces[id(segment.backend)].hidden[:n], batch, _Rehearsed(cache, tables))
 
     def _pass(self, segment: Segment, stay: bool, part: MicroBatch, hidden: Hidden | None) -> Hidden | None:
         with self._locks[id(segment.backend)]:

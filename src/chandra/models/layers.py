@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from chandra.models.spec import LayerSpec
@@ -60,6 +61,17 @@ class DecoderLayer:
         if self.spec.mlp.num_experts:
             return attention
         return (*attention, (2 * (q + kv) if self.spec.parallel else 0, ff))
+
+    @property
+    def kind(self) -> Hashable:
+        """Layers of one kind make the same calls, but for what is in their weights."""
+        mlp = self.mlp
+        if isinstance(mlp, Experts):
+            weights = [mlp.gate, mlp.up, mlp.down]
+        else:
+            weights = [one.weight for one in (mlp.gate, mlp.up, mlp.down) if one]
+        weights += [one.weight for one in (*self.qkv, self.out)]
+        return self.spec, tuple(weight.format.name for weight in weights)
 
     def forward(self, backend: Backend, x: Array, scratch: list[Array], batch: ForwardBatch, kv: KVView) -> None:
         """Add this layer's attention and MLP to the hidden state x `(n, hidden)`."""

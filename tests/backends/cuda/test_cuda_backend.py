@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cuda_model import Model
+from cuda_model import BLOCKS, Model
 from triton.runtime import interpreter
 
 from chandra.backends.cpu.backend import CpuBackend
@@ -124,6 +125,35 @@ def test_steps_of_one_size_make_the_same_launches(monkeypatch: pytest.MonkeyPatc
     first, second = (launches(model, monkeypatch, 20 + i, 10 + i) for i in range(2))
     assert len(first) > 20
     assert first == second
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mixtral"])
+def test_all_that_a_model_starts_has_been_rehearsed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a kernel would be compiled in the middle of an answer."""
+    model, seen = Model(name, [cuda()]), {True: set[str](), False: set[str]()}
+    run = interpreter.InterpretedFunction.run
+
+    def of(kernel: Any, key: str, value: object) -> object:
+        """What of an argument a kernel is compiled for."""
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.data_ptr() % 16 == 0
+        if key in (kernel.kwargs.get("do_not_specialize") or ()):
+            return None
+        constant = kernel.fn.__annotations__.get(key) is not None or not isinstance(value, int)
+        return value if constant else (value == 1, value % 16 == 0)
+
+    def listen(self: Any, *args: object, grid: object, warmup: bool = False, **kwargs: object) -> object:
+        names = list(inspect.signature(self.fn).parameters)
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        seen[warmup].add(repr((self.fn.__name__, [(k, of(self, k, v)) for k, v in arguments.items()])))
+        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", listen)
+    model.decoder.rehearse(model.pool.layer, BLOCKS, lambda *_: None)
+    assert seen[True]
+    assert not seen[False]
+    model.talk(1)
+    assert seen[False] <= seen[True]
 
 
 def test_arrays_of_a_step_keep_their_addresses() -> None:

@@ -41,6 +41,19 @@ def test_products_compile_for_chips_that_are_not_here(name: str, rows: str, capa
             assert figure["registers"] * figure["warps"] * 32 * 6 <= 1 << 16  # enough thread blocks at once
 
 
+def test_a_rehearsal_compiles_all_kernels_of_a_model_once(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("aot_rehearsal.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    ran = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    told = json.loads(ran.stdout.replace("(", "[").replace(")", "]"))
+    total = told[-1][1]
+    assert told == [[i + 1, total] for i in range(total)]
+    assert total > 10
+    assert len(list(tmp_path.rglob("*.cubin"))) == total
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["75", "80", "86", "89", "90", "100", "120"])
 @pytest.mark.parametrize("fmt", formats(), ids=lambda fmt: fmt.name)

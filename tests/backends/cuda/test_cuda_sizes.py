@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chandra.backends.cuda import linear, moe, sizes
+from chandra.backends.cuda.layouts import LAYOUTS
 
 
 @given(st.integers(1, 600), st.integers(2, 128), st.integers(1, 8), st.sampled_from([64, 2048]))
@@ -21,7 +22,7 @@ def test_experts(rows: int, experts: int, top_k: int, hidden: int) -> None:
 def test_split_products_find_their_places(multiprocessors: int, blocks: int, spans: int) -> None:
     splits = linear.splits_for(linear.Chip(90, multiprocessors, 227 << 10), blocks, spans)
     assert splits == 1 or splits * blocks <= sizes.PLACES
-    assert linear.tiles_for(linear.Chip(90, multiprocessors, 0), 16, False).bn * 16 <= sizes.TILE
+    assert linear.tiles_for(linear.Chip(90, multiprocessors, 0), 16, LAYOUTS["Q4_0"]).bn * 16 <= sizes.TILE
 
 
 def test_every_context_has_a_bucket() -> None:

@@ -130,7 +130,9 @@ class CudaAccelerator(Accelerator):
         self._before.setdefault(index, self.gpu.in_use())
         self.half = torch.bfloat16 if self.capability >= (8, 0) else torch.float16
         with guard(f"cuda:{index}"):
-            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # else blocks waste up to 2 MiB
+            old = "_cuda_cudaCachingAllocator_set_allocator_settings"  # before torch 2.10
+            configure = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or getattr(torch._C, old)
+            configure("expandable_segments:True")  # else blocks waste up to 2 MiB
             self.use()
             self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             torch.zeros(1, device=self.device)
@@ -176,8 +178,8 @@ class CudaAccelerator(Accelerator):
         before = self._before[self.gpu.index]
         ours = 0 if before is None else self.taken() - before - int(torch.cuda.memory_reserved(self.device))
         taken = max(0, ours)
-        allowed = max(0, self._limits.get(self.gpu.index, 0) - taken)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / self.gpu.total), self.device)
+        limit = self._limits.get(self.gpu.index) or self.gpu.total + taken  # nobody's: everything
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, limit - taken) / self.gpu.total), self.device)
         return taken
 
     def allocated_peak(self) -> int:

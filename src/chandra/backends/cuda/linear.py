@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from chandra.backends.cuda.launch import launch
-from chandra.backends.cuda.layouts import DeviceWeight, bind, level_bytes
+from chandra.backends.cuda.layouts import DeviceWeight, Layout, bind, level_bytes
 from chandra.backends.cuda.linear_kernels import product_kernel
 from chandra.backends.cuda.sizes import PLACES, UNPACKED
 from chandra.backends.cuda.unpack_kernels import unpack_kernel
@@ -52,7 +52,7 @@ class Tiles:
     exact: bool = False  # sums are scaled, not weights
 
 
-def tiles_for(chip: Chip, n: int, plain: bool) -> Tiles:
+def tiles_for(chip: Chip, n: int, layout: Layout) -> Tiles:
     """Tiles for n activation rows. Up to 16 rows, and above, the order of a row's sums does not depend on n."""
     if chip.capability < 80:  # Triton has no tensor cores there: products are lanes that multiply and add
         return Tiles(min(DECODE, 1 << (n - 1).bit_length()), _FINE, 2, 1, exact=True)
@@ -60,8 +60,11 @@ def tiles_for(chip: Chip, n: int, plain: bool) -> Tiles:
         return Tiles(8 if n <= 8 else 16, _FINE, 2, 4, exact=True)
     bm = 32 if n <= 32 else 64 if n <= 64 else 128
     large = chip.shared >= 160 << 10
-    if plain:
-        bm = 256 if chip.capability == 90 and n > 128 else bm
+    if layout.kind == "plain":
+        if layout.bits == 32:  # three products for each, in as many registers
+            bm = min(bm, 128 if chip.capability == 90 else 64)
+        elif chip.capability == 90 and n > 128:
+            bm = 256
         return Tiles(bm, 128, 8, 3 if large else 2)
     if chip.capability // 10 == 10:  # tiles for its tensor memory would not fit there: one for each plane
         return Tiles(min(bm, 64), 32, 4, 2)
@@ -126,7 +129,8 @@ def _launch(
     first, chip = products[0], chip_of(x.device)
     arrangement = first.weight.arrangement
     inputs, length = arrangement.shape[2], arrangement.spans
-    tiles = tiles_for(chip, len(x) if routes is None else routes.bm, arrangement.layout.kind == "plain")
+    tiles = tiles_for(chip, len(x) if routes is None else routes.bm, arrangement.layout)
+    tiles = tiles if routes is None else replace(tiles, bm=routes.bm)
     blocks = sum(-(-p.weight.arrangement.stored[1] // tiles.bn) for p in products[: 1 if gated else None])
     splits, locks, partials = 1, first.out, first.out
     if scratch is not None and len(x) <= DECODE and routes is None:

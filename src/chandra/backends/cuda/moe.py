@@ -11,6 +11,7 @@ from chandra.backends.cuda.launch import launch
 from chandra.backends.cuda.layouts import ALIGNMENT, DeviceWeight
 from chandra.backends.cuda.linear import DECODE, Product, Routes, chip_of, gate_up, product, tiles_for
 from chandra.backends.cuda.moe_kernels import add_kernel, choose_kernel, group_kernel
+from chandra.backends.cuda.sizes import EXPERT_ROWS
 from chandra.lazy import torch
 
 
@@ -41,7 +42,8 @@ def moe(
     n, hidden = x.shape
     experts, ff = up.arrangement.shape[:2]
     slots = n * top_k
-    bm = tiles_for(chip_of(x.device), n if n <= DECODE else max(DECODE + 1, slots // experts), False).bm
+    rows = n if n <= DECODE else min(EXPERT_ROWS, max(DECODE + 1, slots // experts))
+    bm = tiles_for(chip_of(x.device), rows, up.arrangement.layout).bm
     choices, shares, order, tiles, inner, parts = torch.split(
         scratch[: sum(sizes := _sizes(n, bm, experts, top_k, hidden, ff))], list(sizes)
     )

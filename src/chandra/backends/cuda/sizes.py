@@ -14,7 +14,7 @@ UNPACKED = (
 )  # bytes of a piece of a weight that is unpacked for long prefills: the cache of large chips has room
 SPLITS = PLACES * (INT + TILE * FLOAT) + UNPACKED  # scratch of products: counters, zero at first, partial sums, a piece
 SHORT, LONG, SHORT_SPLITS = 128, 512, 32  # tokens of a split of attention, near the start and after it
-_EXPERT_ROWS = 128  # of a tile of one expert, at most
+EXPERT_ROWS = 128  # of a tile of one expert, at most
 
 
 def context_bucket(context: int) -> int:
@@ -72,7 +72,7 @@ def moe_bytes(rows: int, experts: int, top_k: int, hidden: int, ff: int) -> int:
 def moe_scratch(rows: int, experts: int, top_k: int, hidden: int, ff: int) -> int:
     """What `moe` keeps: choices and shares, slots by expert, inner state, parts."""
     slots = rows * top_k
-    tiles = INT * (min(slots, experts) * (_EXPERT_ROWS + 1) + 2 * slots)
+    tiles = INT * (min(slots, experts) * (EXPERT_ROWS + 1) + 2 * slots)
     return slots * (2 * INT + HALF * ff + FLOAT * hidden) + tiles + 6 * ALIGNMENT
 
 
