@@ -13,7 +13,7 @@ import pytest
 
 from chandra.bench import gpu, speed, synthetic
 from chandra.engine import Pressure
-from chandra.errors import UsageError
+from chandra.errors import BudgetExceeded, UsageError
 from chandra.memory.ledger import Kind
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, about infinities that the kernels mask
@@ -89,6 +89,19 @@ def test_true_shapes_are_planned_and_counted_to_the_byte(case: gpu.Case, tmp_pat
         assert any(one.placement == "stream" for one in made.layers)
     assert {one.device for one in made.layers} >= {f"cuda:0{'/1' * i}" for i in range(len(case.caps))}
     loaded.resources.close()
+
+
+def test_a_context_is_counted_as_measured_and_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = gpu.Bench(tmp_path, True, True, None, time.monotonic())
+    for nbytes in (300 << 20, 500 << 20):
+        monkeypatch.setattr(counting.CountingBackend, "context_bytes", lambda _, nbytes=nbytes: nbytes)
+        loaded = counting.load(*bench.plan(gpu.TINY[0]))
+        rows = {row.device: row for row in loaded.ledger.rows() if row.kind is Kind.RUNTIME}
+        assert rows["cuda:0"].reserved == rows["cuda:0"].peak == nbytes
+        loaded.resources.close()
+    with pytest.raises(BudgetExceeded, match=r"cuda:0: .* more for runtime") as raised:  # this cap leaves no room
+        counting.load(*bench.plan(gpu.TINY[1]))
+    assert "runtime" in raised.value.table
 
 
 def test_a_full_logical_device_gives_way_alone(tmp_path: Path) -> None:
