@@ -56,7 +56,15 @@ def spread(run: Callable[[], None], layers: int, seconds: float = 0.6) -> tuple[
     return statistics.median(times), min(times), max(times)
 
 
-def measure(backend: CpuBackend, model: Model, kv_type: str, queries: int, context: int, sequences: int = 1) -> Any:
+@dataclass(frozen=True)
+class Call:
+    run: Callable[[], None]  # of all layers
+    layers: int
+    layer_bytes: int  # of the cache
+    layer_flop: int  # below the diagonal
+
+
+def prepare(backend: CpuBackend, model: Model, kv_type: str, queries: int, context: int, sequences: int = 1) -> Call:
     """One call per layer, as many layers as keep the cache out of reach of the CPU's caches (128 MiB) in decode."""
     dtype, numerator, denominator = ROW[kv_type]
     row, blocks = model.head_dim * numerator // denominator, -(-context // BLOCK) * sequences
@@ -87,13 +95,18 @@ def measure(backend: CpuBackend, model: Model, kv_type: str, queries: int, conte
         for cache in caches:
             backend.attention(q, k, v, batch, params, cache, tables, out)
 
-    median, fastest, slowest = spread(run, layers)
     pairs = sequences * (queries * (context - queries) + queries * (queries + 1) // 2)
+    return Call(run, layers, layer_bytes, 4 * pairs * model.heads * model.head_dim)
+
+
+def measure(backend: CpuBackend, model: Model, kv_type: str, queries: int, context: int, sequences: int = 1) -> Any:
+    call = prepare(backend, model, kv_type, queries, context, sequences)
+    median, fastest, slowest = spread(call.run, call.layers)
     return {
         "us": round(median * 1e6, 2),
         "us_range": [round(fastest * 1e6, 2), round(slowest * 1e6, 2)],
-        "read_gb_s": round(layer_bytes / median / 1e9, 2),
-        "gflop_s": round(4 * pairs * model.heads * model.head_dim / median / 1e9, 1),
+        "read_gb_s": round(call.layer_bytes / median / 1e9, 2),
+        "gflop_s": round(call.layer_flop / median / 1e9, 1),
     }
 
 
