@@ -31,7 +31,7 @@ class Check(NamedTuple):
 
 
 def run_all(backend: CudaBackend, tiny: bool, told: Callable[[int, int], None]) -> list[dict[str, Any]]:
-    """All checks, after their kernels have been compiled together."""
+    """All checks, after their kernels have been compiled together. `told` hears of both, and may raise to end it."""
     checks = [*_linears(tiny), *_attentions(tiny)]
 
     def everything() -> None:
@@ -39,11 +39,12 @@ def run_all(backend: CudaBackend, tiny: bool, told: Callable[[int, int], None]) 
             check.run(backend)
 
     backend.rehearse(everything, told)
-    reference = ReferenceBackend()
-    return [
-        {"op": c.op, "format": c.format, "shape": c.shape, "error": _deviation(c.run(backend), c.run(reference))}
-        for c in checks
-    ]
+    reference, out = ReferenceBackend(), list[dict[str, Any]]()
+    for c in checks:
+        error = _deviation(c.run(backend), c.run(reference))
+        out.append({"op": c.op, "format": c.format, "shape": c.shape, "error": error})
+        told(len(out), len(checks))
+    return out
 
 
 def _linears(tiny: bool) -> Iterator[Check]:

@@ -147,7 +147,11 @@ def device(bench: Bench) -> Any:
 
 
 def kernels(bench: Bench) -> Any:
-    found = checks.run_all(bench.backend(), bench.tiny, lambda done, total: _say("compiling kernels", done, total))
+    def told(done: int, total: int) -> None:
+        speed.check(bench.until)
+        _say("kernels", done, total)
+
+    found = checks.run_all(bench.backend(), bench.tiny, told)
     return {"checks": found, "failed": [f for f in found if not f["error"] < checks.LIMIT]}
 
 
