@@ -69,7 +69,7 @@ void tile(const uint8_t* panel, int64_t blocks, const void* activations, float* 
         prefetch<kBytes>(p + (run * P::steps + step()) * kBytes);
         Decoded<S> d;
         P::template decode<S, step()>(panel, p, run, part, d);
-        constexpr int kAtOnce = kTokens < S::at_once ? kTokens : S::at_once;
+        constexpr int kAtOnce = kTokens <= S::at_once ? kTokens : kTokens % S::at_once ? 1 : S::at_once;
 #pragma GCC unroll 8
         for (int t = 0; t < kTokens; t += kAtOnce) add_products<S, P, kAtOnce>(d, x + t, acc + t);
         x += kTokens;

@@ -79,11 +79,14 @@ struct Avx2 : Simd<Avx2, 8> {
   }
 
 #if defined(__AVXVNNI__)
+  static constexpr int at_once = 4;
   template <int kTop, int kTokens>
   static CHANDRA_INLINE void dot(I* acc, const B* w, const int8_t* x, int64_t stride, int n) {
-    for (int t = 0; t < kTokens; ++t, x += stride)
-      for (int i = 0; i < n; ++i)
-        acc[t] = (I)_mm256_dpbusd_avx_epi32((__m256i)acc[t], (__m256i)w[i], four(x + 4 * i));
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i)
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t)
+        acc[t] = (I)_mm256_dpbusd_avx_epi32((__m256i)acc[t], (__m256i)w[i], four(x + t * stride + 4 * i));
   }
 #else
   // vpmaddubsw adds pairs in 16 bits: values up to kTop may be added kSafe times before they must become 32 bits. Of
