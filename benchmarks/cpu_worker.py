@@ -28,7 +28,9 @@ class Chandra:
     def __init__(self, task: dict[str, Any]) -> None:
         from chandra import LLM
 
-        self.llm = LLM(task["path"], ctx=task["ctx"], parallel=task["sequences"], kv_type="f16", chunk=512)
+        options = {"ctx": task["ctx"], "parallel": task["sequences"], "kv_type": "f16", "chunk": 512}
+        # llama.cpp's cache is cleared before each run as well
+        self.llm = LLM(task["path"], prefix_caching=False, **options)
         self.vocab = self.llm.runtime.spec.vocab_size
 
     def run(self, prompts: list[list[int]], tokens: int) -> Times:

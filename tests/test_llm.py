@@ -88,6 +88,15 @@ def test_several_answers_to_one_prompt(llm: LLM) -> None:
         assert output.cumulative_logprob == pytest.approx(sum(entry.logprob for entry in output.logprobs))
 
 
+def test_without_prefix_caching_memory_is_used_again(model_file: Callable[[str], Path]) -> None:
+    with LLM(model_file("smollm2:135m"), ctx=256, prefix_caching=False) as llm:
+        texts = [llm.generate("The sea is", GREEDY)[0].outputs[0].text for _ in range(2)]
+        assert texts[0] == texts[1]
+        assert llm.engine.counters().prefix_hits == 0
+        (allocator,) = llm.engine.blocks.allocators
+        assert allocator.fresh <= -(-(8 + 32) // llm.engine.pool.block_size)
+
+
 def test_a_conversation_uses_the_template(llm: LLM) -> None:
     question = [{"role": "user", "content": "What is gravity?"}]
     assert "<|im_start|>user\nWhat is gravity?<|im_end|>" in llm.render(question)

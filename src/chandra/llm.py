@@ -112,14 +112,20 @@ class LLM:
     """A model in memory, planned to fit. Close it, or use it as a context manager.
 
     `model`: a name (pulled if the store lacks it) or a path. The keywords are those of `chandra plan`: device, host,
-    disk, budget, ctx, parallel, objective, kv_type, layers, quant, reserve. `progress` is called with (phase, done,
-    total). Raises the errors of `errors.py`: ModelNotFound, DoesNotFit, CheckpointError, …
+    disk, budget, ctx, parallel, objective, kv_type, layers, quant, reserve. `prefix_caching`: whether a prompt's cache
+    is kept, while there is room, for prompts that begin alike. `progress` is called with (phase, done, total). Raises
+    the errors of `errors.py`: ModelNotFound, DoesNotFit, CheckpointError, …
 
     Several threads may call: what they ask for is computed together, by one of them at a time.
     """
 
     def __init__(
-        self, model: str | Path | StoredModel = DEFAULT_MODEL, *, progress: Progress | None = None, **options: Any
+        self,
+        model: str | Path | StoredModel = DEFAULT_MODEL,
+        *,
+        prefix_caching: bool = True,
+        progress: Progress | None = None,
+        **options: Any,
     ) -> None:
         started = time.monotonic()
         try:
@@ -127,7 +133,7 @@ class LLM:
         except TypeError as error:
             known = ", ".join(PlanRequest.__dataclass_fields__)
             raise RequestError(f"LLM: {error}", f"options: {known}") from error
-        self._runtime: Runtime = load(model, request, Settings.from_env(), progress)
+        self._runtime: Runtime = load(model, request, Settings.from_env(), progress, prefix_caching)
         self.load_seconds = time.monotonic() - started
         self._inboxes: dict[int, deque[Output]] = {}  # by sequence: what is new for whoever asked for it
 

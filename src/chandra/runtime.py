@@ -161,7 +161,11 @@ class Runtime:
 
 
 def load(
-    model: str | Path | StoredModel, request: PlanRequest, settings: Settings, progress: Progress | None = None
+    model: str | Path | StoredModel,
+    request: PlanRequest,
+    settings: Settings,
+    progress: Progress | None = None,
+    prefix_caching: bool = True,
 ) -> Runtime:
     """Find, plan and load a model. Raises what these steps raise; nothing stays reserved then."""
     started = time.monotonic()
@@ -189,7 +193,7 @@ def load(
         at_last.callback(ended, made, ledger)
         make = partial(make_backend, threads=settings.threads, isa=settings.cpu)
         _, decoder, pool, engine = assemble(
-            checkpoint, spec, made, ledger, resources, make, tokenizer.eos_ids, progress
+            checkpoint, spec, made, ledger, resources, make, tokenizer.eos_ids, progress, prefix_caching
         )
         state = StateFile(settings.home)
         resources.callback(state.remove)
@@ -260,6 +264,7 @@ def assemble(
     make: Callable[..., Backend],
     eos_ids: Iterable[int] = (),
     progress: Progress | None = None,
+    prefix_caching: bool = True,
 ) -> tuple[Mapping[str, Backend], Decoder, KVPool, Engine]:
     """Do what a plan says: open the devices, load the weights, allocate the cache. `make` is like `make_backend`;
     `resources` gets what gives everything back. Raises DeviceError, CheckpointError, BudgetExceeded."""
@@ -276,7 +281,8 @@ def assemble(
     told = partial(progress, "compiling kernels") if progress else lambda done, total: None  # noqa: ARG005
     decoder.rehearse(pool.layer, -(-made.workload.context // made.block_size), told)
     _count_contexts(made, backends, contexts)
-    config = EngineConfig(made.workload.context, made.max_num_seqs, made.chunk, made.max_logit_rows)
+    limits = made.workload.context, made.max_num_seqs, made.chunk, made.max_logit_rows
+    config = EngineConfig(*limits, prefix_caching)
     return backends, decoder, pool, Engine(decoder, pool, config, spec.vocab_size, eos_ids, swap)
 
 

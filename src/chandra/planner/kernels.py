@@ -18,7 +18,7 @@ from chandra.quant import get_format
 if TYPE_CHECKING:
     from chandra.backends.cuda.sizes import Scratch
 
-PIECE = 8 << 20  # bytes of the file that the CPU repacks before it drops their pages
+PIECE = 2 << 20  # bytes of the file that the CPU repacks before it drops their pages
 
 
 def repacking(parts: Sequence[Part]) -> int:

@@ -22,7 +22,7 @@ namespace chandra {
 namespace {
 
 constexpr int64_t kLookups = 128;  // rows whose pages stay: up to 64 KiB each
-constexpr int64_t kPiece = 8 << 20;  // bytes of panels made before the pages they come from are dropped
+constexpr int64_t kPiece = 2 << 20;  // bytes of panels made before the pages they come from are dropped
 
 thread_local Buffer panel_scratch;
 
