@@ -195,8 +195,9 @@ void few_scores(const Pages& pages, int64_t begin, int64_t end, int64_t tile, co
 // fetched a part with each.
 template <KvType T, int R, int V>
 CHANDRA_INLINE void few_values_at(const Pages& pages, int64_t begin, int64_t end, int64_t last, int64_t tile,
-                                  const float* weights, int first, float* out, int64_t stride) {
-  const int64_t row_bytes = pages.cache.row_bytes, from = first * W * row_bytes / stride, to = V * W * row_bytes / stride;
+                                  const float* weights, int first, int padded, float* out, int64_t stride) {
+  const int64_t row_bytes = pages.cache.row_bytes;
+  const int64_t from = first * W * row_bytes / padded, part = V * W * row_bytes / padded;
   constexpr int N = together(T);
   vec sum[R][V];
   for (int r = 0; r < R; ++r)
@@ -206,7 +207,7 @@ CHANDRA_INLINE void few_values_at(const Pages& pages, int64_t begin, int64_t end
     const uint8_t* row = pages.cache.v + pages.offset(key);
     const uint8_t* next = key + kTile < last ? pages.cache.k + pages.offset(key + kTile) + from : nullptr;
     for (; key < stop; ++key, row += row_bytes) {
-      if (next) fetch(next, to), next += row_bytes;
+      if (next) fetch(next, part), next += row_bytes;
       vec value[V];
       for (int i = 0; i < V; i += N) load_kv<T>(row, (first + i) / N, value + i);
       for (int r = 0; r < R; ++r) {
@@ -224,9 +225,9 @@ void few_values(const Pages& pages, int64_t begin, int64_t end, int64_t last, in
                 int padded, float* out, int64_t stride) {
   int j = 0;
   for (; j + kWide <= padded / W; j += kWide)
-    few_values_at<T, R, kWide>(pages, begin, end, last, tile, weights, j, out, stride);
+    few_values_at<T, R, kWide>(pages, begin, end, last, tile, weights, j, padded, out, stride);
   for (constexpr int N = together(T); j < padded / W; j += N)
-    few_values_at<T, R, N>(pages, begin, end, last, tile, weights, j, out, stride);
+    few_values_at<T, R, N>(pages, begin, end, last, tile, weights, j, padded, out, stride);
 }
 
 template <KvType T>
