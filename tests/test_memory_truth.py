@@ -83,6 +83,8 @@ on_host = {part.name for part in llm.plan.parts() if part.placement == "host"}
 print(json.dumps(found | {"loading": loading(sizes, on_host)}))
 """
 
+SLACK = 12 << 20  # bytes: what any process is planned to take weighs more than 5 % of the smallest
+
 ONE: dict[str, Any] = {"ctx": 256, "parallel": 1}
 TWO = {"ctx": 256, "parallel": 2, "device": ["virtual:600MiB"]}
 QUICK = [("smollm2:135m", ONE), ("gemma3:270m", TWO), ("qwen2.5-coder:0.5b", ONE)]
@@ -139,8 +141,7 @@ def test_memory_is_as_planned(
     assert 0.3 * promised <= held <= promised
     planned = resident(rows, found)
     print(f"{name} {options}: resident {found['peak'] / 2**20:.0f} of {planned / 2**20:.0f} MiB")
-    piece, _ = rows.get(("cpu", "staging"), (0, 0))  # of the file, seldom there when all else is
-    assert 0.95 * (planned - piece) <= found["peak"] <= planned
+    assert planned - max(0.05 * planned, SLACK) <= found["peak"] <= planned
 
 
 def resident(rows: dict[tuple[str, str], tuple[int, int]], found: dict[str, Any]) -> int:
