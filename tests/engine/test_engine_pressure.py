@@ -71,9 +71,11 @@ def close(engine: Engine) -> None:
 
 @pytest.mark.parametrize("slots", [0, 100])
 def test_a_lowered_cap_is_kept_by_giving_way_in_order_and_taken_back(
-    model: Tiny, wanted: list[list[int]], slots: int
+    model: Tiny, wanted: list[list[int]], slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, pressure, _ = made(model, slots=slots)
+    released: list[int] = []  # what was free each time
+    monkeypatch.setattr(model.backend, "release_unused", lambda: released.append(model.ledger.free(device)))
     device, ledger = model.backend.device.name, model.ledger
     ids, texts = [engine.add(prompt, GREEDY)[0] for prompt in prompts(8)], dict[int, list[int]]()
     run(engine, texts, 9)
@@ -88,6 +90,8 @@ def test_a_lowered_cap_is_kept_by_giving_way_in_order_and_taken_back(
     engine.blocks.check_integrity()
     assert ledger.free(device) >= 0
     assert [step.action for step in pressure.steps][-2:] == ["cache", "spill"]
+    assert len(released) == 2
+    assert released[-1] >= 0
     assert engine.scheduler.preemptions > 0
     assert engine.pool.nbytes <= held * 6 // 10
     run(engine, texts)

@@ -200,6 +200,9 @@ class Backend(ABC):
         memory again. False, with nothing done, where a device cannot do that."""
         return False
 
+    def release_unused(self) -> None:  # noqa: B027
+        """Give memory that is free, but kept in case it is asked for again, back to the system."""
+
     @abstractmethod
     def load_weight(self, weight: PackedWeight, lookup: bool = False) -> Weight:
         """Put a weight where this device's kernels want it, repacked if that gains. `lookup`: only `embed` will read

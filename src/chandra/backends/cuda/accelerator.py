@@ -90,6 +90,9 @@ class Accelerator:
     def settle(self) -> None:
         """Wait until everything issued is done."""
 
+    def release_unused(self) -> None:
+        """Give the device's memory that is free, but kept, back to the system."""
+
     def record(self, ops: Ops) -> Callable[[Ops], None]:  # noqa: ARG002
         """What does the work of ops that would make the same calls as these, which have run before."""
         return lambda same: same()
@@ -160,6 +163,10 @@ class CudaAccelerator(Accelerator):
     def settle(self) -> None:
         with guard(str(self.device)):
             torch.cuda.synchronize(self.device)
+
+    def release_unused(self) -> None:
+        with guard(str(self.device)):
+            torch.cuda.empty_cache()
 
     def record(self, ops: Ops) -> Callable[[Ops], None]:
         graph = torch.cuda.CUDAGraph()

@@ -109,6 +109,9 @@ class CudaBackend(Backend):
             host: np.ndarray[Any, Any] = array.to("cpu", copy=True).numpy()
         return host
 
+    def release_unused(self) -> None:
+        self.accelerator.release_unused()
+
     def load_weight(self, weight: PackedWeight, lookup: bool = False) -> Weight:  # noqa: ARG002 (one layout for all)
         memory = self._bytes(self.weight_nbytes(weight.format, weight.shape))
         packing.load(weight, memory, self._passing, self.write)
