@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from chandra.checkpoint import open_checkpoint
+from chandra.checkpoint import MappedFile, open_checkpoint
 from chandra.errors import CheckpointError, ModelNotFound
 
 GGUF = b"GGUF" + struct.pack("<IQQ", 3, 0, 0)
@@ -108,3 +108,21 @@ def test_a_folder_without_permission(tmp_path: Path) -> None:
     for path in (tmp_path / "locked", tmp_path / "locked" / "model.gguf"):
         with pytest.raises(CheckpointError, match="cannot be read"):
             open_checkpoint(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_closed_file_takes_no_memory_even_while_views_of_it_are_alive(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 16384)
+
+    def resident() -> int:
+        maps = Path("/proc/self/smaps").read_text().split(str(path))[1:]
+        return sum(int(part.partition("Rss:")[2].split()[0]) for part in maps) << 10
+
+    file = MappedFile(path)
+    view = file.array(0, file.size)
+    assert int(view.sum()) == 16384 * sum(range(256))
+    assert resident() == file.size
+    file.close()
+    assert resident() == 0
+    assert view[-1] == 255

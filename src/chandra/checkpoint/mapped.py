@@ -130,6 +130,8 @@ class MappedFile:
             self._map.madvise(mmap.MADV_DONTNEED, first, length)
 
     def close(self) -> None:
+        if not self._closed:
+            self.release(0, self.size)
         self._closed = True
         with suppress(BufferError):  # views are still alive: the mapping goes with the last of them
             self._map.close()
