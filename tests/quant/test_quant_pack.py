@@ -78,7 +78,8 @@ def test_errors_are_bounded(fmt: Format, weight: torch.Tensor) -> None:
     relative = ERRORS[fmt.name][1]
     largest = weight.abs().amax() if fmt.name == "nf4-dq" else weight.abs().amax(1, keepdim=True)
     error = (round_trip(fmt, weight) - weight).abs()
-    assert bool((error <= relative * largest + 2e-6).all()), float((error / largest).max())
+    coarse = 127 * 2.0**-25  # of a float16 scale that is subnormal, times the largest integer
+    assert bool((error <= relative * largest + coarse).all()), float((error / largest).max())
 
 
 @each_format
