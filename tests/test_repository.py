@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "chandra"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-MAX_PACKAGE, MAX_FILE, MAX_FUNCTION = 14250, 400, 60  # lines; of the package only those of code
+MAX_PACKAGE, MAX_FILE, MAX_FUNCTION = 14300, 400, 60  # lines; of the package only those of code
 
 
 def test_package_stays_small() -> None:

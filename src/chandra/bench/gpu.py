@@ -227,6 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UsageError("--device cpu interprets kernels: days for real shapes", "add --tiny")
     if interpret and not knobs.runtime.interpret:
         raise UsageError("--device cpu needs Triton's interpreter", "set TRITON_INTERPRET=1 in the environment")
+    if interpret:
+        import chandra.bench.interpreter  # noqa: F401
     arguments.out.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + arguments.seconds
     bench = Bench(arguments.out, arguments.tiny, interpret, arguments.model, until)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -137,3 +140,13 @@ def test_real_shapes_are_not_interpreted_and_parts_must_exist(tmp_path: Path) ->
         gpu.main(["gpu", "--device", "cpu", "--out", str(tmp_path)])
     with pytest.raises(UsageError, match="no part"):
         run(tmp_path, "--part", "coffee")
+
+
+def test_the_command_interprets_kernels_by_itself(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "chandra.bench", "gpu", "--tiny", "--device", "cpu", "--part", "kernels"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8 checks, 0 failed" in done.stdout
