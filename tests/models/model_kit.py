@@ -94,8 +94,10 @@ class DenseKV:
         )
 
 
-def load(checkpoint: Any, spec: ModelSpec, backend: Backend, context: int = 64, **options: Any) -> Decoder:
-    ledger = Ledger([backend.device])
+def load(
+    checkpoint: Any, spec: ModelSpec, backend: Backend, context: int = 64, ledger: Ledger | None = None, **options: Any
+) -> Decoder:
+    ledger = ledger or Ledger([backend.device])
     backends = Backends(backend, (backend,) * spec.num_layers, backend)
     sizes = {"max_rows": 64, "max_logit_rows": 64, **options}
     return load_decoder(checkpoint, spec, backends, ledger, context_length=context, **sizes)

@@ -65,12 +65,11 @@ def test_every_byte_is_reserved_and_given_back(backend: Backend) -> None:
     spec, source = checkpoint("Q8_0")
     ledger = Ledger([CPU])
     told: list[tuple[int, int]] = []
-    decoder = load_decoder(
+    decoder = load(
         source,
         spec,
-        Backends(backend, (backend,) * 4, backend),
-        ledger,
-        context_length=64,
+        backend,
+        ledger=ledger,
         max_rows=32,
         max_logit_rows=8,
         progress=lambda done, total: told.append((done, total)),
@@ -97,12 +96,11 @@ def test_a_tensor_on_its_way_is_reserved_and_the_largest_comes_first(name: str) 
     spec, source = checkpoint("Q8_0")
     backend = ReferenceBackend(Device(name, "virtual" if name == "virtual:0" else "cpu", 1 << 30))
     ledger, seen = Ledger([CPU, backend.device]), []
-    load_decoder(
+    load(
         source,
         spec,
-        Backends(backend, (backend,) * 4, backend),
-        ledger,
-        context_length=64,
+        backend,
+        ledger=ledger,
         max_rows=32,
         max_logit_rows=8,
         progress=lambda *_: seen.append(next(row for row in ledger.rows() if row.kind is Kind.LOADING)),
@@ -168,15 +166,7 @@ def test_nothing_stays_reserved_when_the_model_does_not_fit(share: float) -> Non
     ledger = Ledger([Device("cpu", "cpu", int(share * needed))])
     backend = ReferenceBackend(CPU)
     with pytest.raises(BudgetExceeded):
-        load_decoder(
-            source,
-            spec,
-            Backends(backend, (backend,) * 4, backend),
-            ledger,
-            context_length=64,
-            max_rows=64,
-            max_logit_rows=64,
-        )
+        load(source, spec, backend, ledger=ledger, max_rows=64, max_logit_rows=64)
     assert not any(reserved(ledger).values())
 
 
@@ -242,15 +232,7 @@ def test_a_vocabulary_that_is_not_the_embedding_is_refused_before_anything_is_re
     spec = spec_from_config({**CONFIG, "vocab_size": 100})
     ledger = Ledger([CPU])
     with pytest.raises(CheckpointError, match=r"embed_tokens.weight has shape \(96, 64\), expected \(100, 64\)"):
-        load_decoder(
-            source,
-            spec,
-            Backends(backend, (backend,) * 4, backend),
-            ledger,
-            context_length=64,
-            max_rows=1,
-            max_logit_rows=1,
-        )
+        load(source, spec, backend, ledger=ledger, max_rows=1, max_logit_rows=1)
     assert not ledger.rows()
 
 
