@@ -48,7 +48,8 @@ def test_notes_are_kept_with_the_calibration_and_end_with_it(tmp_path: Path) -> 
     kept = Actuals.read(tmp_path)["base"]
     assert (kept.count, kept.seen) == (RECENT + 2, tuple(range(2, RECENT + 2)))
     assert json.loads((tmp_path / FILE).read_text())["figures"] == 1
-    for broken in ("", "[]", '{"actuals": 3}', '{"actuals": {"base": {"seen": ["x"]}}}'):
+    notes = '{"actuals": {"base": {"date": "2026-01-01", "count": 1, "seen": %s}}}'
+    for broken in ("", "[]", '{"actuals": 3}', '{"actuals": {"base": {"seen": ["x"]}}}', notes % "[]", notes % '["x"]'):
         (tmp_path / FILE).write_text(broken)
         assert not Actuals.read(tmp_path)
 

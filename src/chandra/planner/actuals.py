@@ -59,9 +59,8 @@ class Actuals(dict[str, Actual]):
     def read(cls, home: Path) -> Actuals:
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             notes = json.loads((home / FILE).read_text(encoding="utf-8"))["actuals"]
-            return cls(
-                {k: Actual(str(n["date"]), int(n["count"]), tuple(map(int, n["seen"]))) for k, n in notes.items()}
-            )
+            known = {k: Actual(str(n["date"]), int(n["count"]), tuple(map(int, n["seen"]))) for k, n in notes.items()}
+            return cls({name: actual for name, actual in known.items() if actual.seen})
         return cls()
 
     def of(self, name: str, assumed: int) -> int:
