@@ -14,7 +14,7 @@ from chandra.errors import ChandraError
 from chandra.kvcache import KVPool
 from chandra.kvcache.allocator import BlockAllocator
 from chandra.memory.device import format_size
-from chandra.memory.host import memory_available, resident_bytes
+from chandra.memory.host import memory_available, resident_bytes, trim_heap
 from chandra.memory.ledger import Ledger
 from chandra.memory.plan import Placement, spread
 from chandra.models import Decoder
@@ -121,6 +121,8 @@ class Pressure:
                 taken.append(self._note(action, device, gained, detail))
                 if single:
                     break
+        if device == HOST:  # also where the CPU computes nothing
+            trim_heap()
         for backend in self.decoder.backends.distinct():
             if backend.device.name == device:
                 backend.release_unused()

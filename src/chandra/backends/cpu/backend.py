@@ -11,7 +11,7 @@ from chandra.backends.cpu import _cpu
 from chandra.backends.cpu.kernels import make_weight, pack_panels, panel_format
 from chandra.errors import UsageError
 from chandra.memory.device import Device
-from chandra.memory.host import aligned_bytes, give_back, own_pages, trim_heap
+from chandra.memory.host import aligned_bytes, give_back, own_pages
 from chandra.ops import registry
 from chandra.ops.contracts import (
     Activation,
@@ -72,9 +72,6 @@ class CpuBackend(Backend):
         start = rows * array.strides[0]
         give_back(array.ctypes.data + start, array.nbytes - start)
         return True
-
-    def release_unused(self) -> None:
-        trim_heap()
 
     def load_weight(self, weight: PackedWeight, lookup: bool = False) -> Weight:
         """Repacked into panels, unless only rows are looked up: then it stays where it is. What lies in a
