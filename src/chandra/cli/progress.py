@@ -9,11 +9,11 @@ from typing import TextIO
 
 from chandra.memory.device import format_size
 
-COUNTS = 10_000  # what is less in all is not bytes
+COUNTS = 10_000  # what is less in all is a number of things (kernels), not of bytes
 
 
 class ProgressLine:
-    """Call it with (phase, done, total) in bytes; it redraws at most ten times a second.
+    """Call it with (phase, done, total) in bytes, or in things if there are few; it redraws at most ten times a second.
 
     On something other than a terminal it prints one line per phase, so that logs stay readable.
     """
